@@ -1,0 +1,43 @@
+"""Where a lab is in the checkout, and which files a learner writes in it.
+
+This is the little that tests need to know. The full catalogue, with titles and
+milestones, is `grader.catalog`.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LabFolder:
+    """One lab on disk.
+
+    Attributes:
+        id: such as `ch01/lab01`.
+        path: the lab's folder, absolute.
+        files: the names of the files a learner writes, relative to `src/`.
+    """
+
+    id: str
+    path: Path
+    files: tuple[str, ...]
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """The names by which tests import those files."""
+        return tuple(Path(name).stem for name in self.files)
+
+
+def find_lab(path: Path) -> LabFolder | None:
+    """Return the lab that `path` (a file or folder in it) belongs to, or None outside every lab."""
+    for folder in [path, *path.parents]:
+        chapter_file = folder.parent / "chapter.toml"
+        if folder.name.startswith("lab") and chapter_file.is_file():
+            chapter = tomllib.loads(chapter_file.read_text(encoding="utf-8"))
+            for lab in chapter.get("lab", []):
+                if lab["folder"] == folder.name:
+                    chapter_number = folder.parent.name.split("_")[0]
+                    lab_number = folder.name.split("_")[0]
+                    return LabFolder(f"{chapter_number}/{lab_number}", folder, tuple(lab.get("files", ())))
+    return None

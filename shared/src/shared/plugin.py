@@ -1,0 +1,324 @@
+"""The pytest plugin of the labs: `--code`, provenance, marks, fixtures, brief messages.
+
+It is ordinary pytest. Tests of a lab say `from attention import softmax`; which
+`attention.py` that is, `--code` decides (`shared.code_under_test`).
+"""
+
+import random
+import sys
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from shared.code_under_test import CannotImport, CodeUnderTest, explain, locate_code, relative
+from shared.course import find_lab
+from shared.forbid import Forbidden
+from shared.timing import PairedTiming, time_pairs
+
+NOT_VERIFIED_HERE = "not verified here"
+
+_LABS = pytest.StashKey[dict[Path, CodeUnderTest | None]]()
+_FORBIDDEN = pytest.StashKey[Forbidden]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("topeka", "Topeka labs")
+    group.addoption(
+        "--code",
+        default="src",
+        metavar="src|solutions|PATH",
+        help="code under test: the learner's src/ (default), the solutions, or a folder",
+    )
+    group.addoption("--slow", action="store_true", help="also run tests marked slow (full training runs)")
+    group.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        help="shift every test's random inputs (default 0); results must not depend on it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LABS] = {}
+    for line in (
+        "gpu: needs a CUDA GPU; not verified on machines without one",
+        "multi_gpu(n): needs n CUDA GPUs; not verified on machines with fewer",
+        "slow: takes minutes; runs with --slow",
+        "milestone: measures the chapter's claim",
+    ):
+        config.addinivalue_line("markers", line)
+    code = config.getoption("--code")
+    if (
+        code not in ("src", "solutions")
+        and not (config.invocation_params.dir / Path(code).expanduser()).is_dir()
+    ):
+        raise pytest.UsageError(f"--code: there is no folder {code!r} (allowed: src, solutions, or a folder)")
+
+
+# --- which code is under test ------------------------------------------------------------
+
+
+def _code_of(node: pytest.Item | pytest.Collector) -> CodeUnderTest | None:
+    known = node.config.stash[_LABS]
+    folder = node.path if node.path.is_dir() else node.path.parent
+    if folder not in known:
+        lab = find_lab(folder)
+        if lab is None:
+            known[folder] = None
+        else:
+            # One CodeUnderTest per lab, however many test folders it has.
+            same = [c for c in known.values() if c is not None and c.lab.path == lab.path]
+            where = locate_code(lab, node.config.getoption("--code"), node.config.invocation_params.dir)
+            known[folder] = same[0] if same else CodeUnderTest(lab, where)
+    return known[folder]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    code = _code_of(collector) if isinstance(collector, pytest.Module) else None
+    if code is None:
+        return (yield)
+    with code.active():
+        report = yield
+    call = report.__dict__.get("call")
+    if report.failed and call is not None and call.excinfo is not None:
+        message = _import_message(call.excinfo.value, code)
+        if message:
+            report.longrepr = message
+            report.code_under_test_failed = True
+    elif strangers := code.strangers():
+        report.outcome = "failed"
+        report.longrepr = "\n".join(strangers)
+    return report
+
+
+def _import_message(error: BaseException | None, code: CodeUnderTest) -> str | None:
+    while error is not None:
+        if isinstance(error, CannotImport):
+            return f"{error}\nThe tests of {code.lab.id} cannot start until this is mended."
+        if isinstance(error, ImportError) and error.name in code.lab.module_names:
+            return (
+                f"{relative(code.folder / f'{error.name}.py')}: {error}\n"
+                f"The tests of {code.lab.id} need every name of the skeleton. `topeka reset {code.lab.id}` "
+                "brings the skeleton back (and keeps a copy of your file)."
+            )
+        error = error.__cause__
+    return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    code = _code_of(item)
+    if code is None:
+        return (yield)
+    with code.active():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield
+    forbidden = item.stash.get(_FORBIDDEN, None)
+    if forbidden and forbidden.violations:
+        pytest.fail(forbidden.violations[0], pytrace=False)
+    code = _code_of(item)
+    if code is not None:
+        for name, module in code._modules.items():
+            if sys.modules.get(name) is not module:
+                pytest.fail(
+                    f"the tests ran against another `{name}` than {relative(code.folder)}", pytrace=False
+                )
+
+
+# --- what can run here -------------------------------------------------------------------
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: runs with --slow")
+    wanted = 1 if item.get_closest_marker("gpu") else 0
+    if mark := item.get_closest_marker("multi_gpu"):
+        wanted = max(wanted, mark.args[0])
+    if wanted:
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < wanted:
+            need = "a CUDA GPU" if wanted == 1 else f"{wanted} CUDA GPUs"
+            pytest.skip(f"{NOT_VERIFIED_HERE}: needs {need}, this machine has {found or 'none'}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if not _is_slow_skip(r)]
+    if skipped:
+        terminalreporter.section("not verified here", sep="-")
+        for report in skipped:
+            terminalreporter.line(f"{report.nodeid}: {skip_reason(report)}")
+        terminalreporter.line(
+            f"{len(skipped)} not verified here; they count neither as passed nor as failed."
+        )
+
+
+def skip_reason(report: Any) -> str:
+    """Return why a skipped test did not run."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return str(reason).removeprefix("Skipped: ").removeprefix(f"{NOT_VERIFIED_HERE}: ")
+
+
+def _is_slow_skip(report: Any) -> bool:
+    return skip_reason(report).startswith("slow:")
+
+
+# --- what a failure says -----------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    code = _code_of(item)
+    if error is not None and code is not None and report.failed:
+        report.not_written = _is_not_written(error, code)
+        report.brief = _brief(error, code)
+    return report
+
+
+def _is_not_written(error: BaseException, code: CodeUnderTest) -> bool:
+    """Whether `error` is the skeleton's `raise NotImplementedError`."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return (
+        isinstance(error, NotImplementedError)
+        and frame is not None
+        and code.owns(frame.tb_frame.f_code.co_filename)
+    )
+
+
+def _brief(error: BaseException, code: CodeUnderTest) -> str:
+    """The failure in a few lines, without the frames of pytest, the tests or the libraries."""
+    if _is_not_written(error, code):
+        return f"not written yet: {error}"
+    if isinstance(error, AssertionError | pytest.fail.Exception):
+        return str(error) or "the assertion failed"
+    return explain(error, code.folder)
+
+
+# --- fixtures ----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Seed Python, NumPy and torch from the test's own name, so that order does not matter."""
+    seed = _seed_of(request)
+    random.seed(seed)
+    np.random.seed(seed)
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _seed_of(request: pytest.FixtureRequest) -> int:
+    # The name below the lab's folder: the same from the root, from inside the lab and in a sandbox.
+    name = request.node.nodeid.rsplit("/", 1)[-1]
+    return (zlib.crc32(name.encode()) + int(request.config.getoption("--seed"))) % 2**32
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A NumPy generator seeded from the test's name."""
+    return np.random.default_rng(_seed_of(request))
+
+
+@pytest.fixture
+def randn(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """`randn(*shape, dtype=float64, device="cpu")`: a normal tensor, seeded from the test's name."""
+    import torch
+
+    generator = torch.Generator().manual_seed(_seed_of(request))
+
+    def draw(*shape: int, dtype: Any = torch.float64, device: str = "cpu") -> Any:
+        # Drawn in float64 on the CPU and then converted, so all dtypes and devices see the same numbers.
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype=dtype, device=device)
+
+    return draw
+
+
+@pytest.fixture
+def device() -> str:
+    """`"cuda"` where there is a GPU, else `"cpu"`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def forbid(request: pytest.FixtureRequest) -> Iterator[Forbidden]:
+    """`forbid(*targets, why="")`: the test fails if the code under test calls one of them."""
+    code = _code_of(request.node)
+    if code is None:
+        raise pytest.UsageError("forbid is for tests of a lab: no chapter.toml lists this folder")
+    forbidden = request.node.stash[_FORBIDDEN] = Forbidden(code)
+    yield forbidden
+    forbidden.close()
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A measured claim, as the report shows it.
+
+    Attributes:
+        name: what was measured.
+        value: the measurement.
+        target: what the course promises.
+        unit: the unit of both.
+        better: whether `value` must be at most (`lower`) or at least (`higher`) `target`.
+    """
+
+    name: str
+    value: float
+    target: float
+    unit: str
+    better: Literal["higher", "lower"] = "higher"
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is reached; NaN reaches nothing."""
+        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+
+
+@pytest.fixture
+def milestone(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`milestone(name, value, target, unit, better="higher")`: record a measurement and assert it."""
+
+    def record(
+        name: str, value: float, target: float, unit: str, better: Literal["higher", "lower"] = "higher"
+    ) -> None:
+        __tracebackhide__ = True
+        result = Milestone(name, float(value), float(target), unit, better)
+        request.node.user_properties.append(("milestone", asdict(result)))
+        bound = "at least" if better == "higher" else "at most"
+        assert result.reached, (
+            f"milestone: {name} is {value:.4g} {unit}, promised is {bound} {target:g} {unit}"
+        )
+
+    return record
+
+
+@pytest.fixture
+def paired_timer() -> Callable[..., PairedTiming]:
+    """`paired_timer(slow, fast, pairs=7)`: interleaved timing; its `.ratio` is the speed-up."""
+    import torch
+
+    def run(
+        slow: Callable[[], Any], fast: Callable[[], Any], *, pairs: int = 7, warmup: int = 1
+    ) -> PairedTiming:
+        synchronize = torch.cuda.synchronize if torch.cuda.is_available() else None
+        return time_pairs(slow, fast, pairs=pairs, warmup=warmup, synchronize=synchronize)
+
+    return run
