@@ -3,6 +3,7 @@
 Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, arXiv:1706.03762.
 """
 
+import math
 from typing import Any
 
 import numpy as np

@@ -1,0 +1,1 @@
+"""Topeka's catalogue, sandboxes, reports and the command `topeka`."""

@@ -1,0 +1,637 @@
+"""The command `topeka`.
+
+Heavy modules are imported inside the commands that need them: every command must start in less
+than 0.3 s, and torch is imported by the runner's own process only.
+"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from grader.catalog import Catalog, Lab
+    from grader.report import LabReport, Report, Status
+    from grader.sandbox import Sandbox
+    from grader.state import State
+
+OK, FAILED, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
+
+app = typer.Typer(
+    name="topeka",
+    help="A course on transformers, from dot-product attention to Triton kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Targets = Annotated[list[str], typer.Argument(metavar="TARGET...", help="ch01/lab01, ch01 or all")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="a lab, such as ch01/lab01")]
+Code = Annotated[str, typer.Option("--code", help="code under test: src, solutions or a folder")]
+
+
+class SandboxName(StrEnum):
+    """Where a grading runs."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    DOCKER = "docker"
+
+
+class StackName(StrEnum):
+    """The environment a grading must run in."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    MULTI_GPU = "multi-gpu"
+
+
+class Failure(Exception):
+    """Ends the command with a sentence and an exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> None:
+    """Run the command; every expected error is one sentence on standard error."""
+    from grader.catalog import CatalogError, CourseNotFound, UnknownTarget
+    from grader.skeleton import NoSkeleton
+    from grader.state import StateUnusable
+    from grader.submission import SubmissionError
+
+    try:
+        app()
+    except Failure as failure:
+        _fail(str(failure), failure.code)
+    except (UnknownTarget, SubmissionError) as error:
+        _fail(str(error), USAGE)
+    except (CatalogError, CourseNotFound, NoSkeleton, StateUnusable) as error:
+        _fail(str(error), COULD_NOT_RUN)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (`topeka list | head`); nobody is left to tell
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", COULD_NOT_RUN)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"topeka: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# --- what every command starts from ---------------------------------------------------------
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # nobody wraps a file or a pipe at 80 columns
+    return console
+
+
+def _catalog() -> "Catalog":
+    from grader.catalog import CourseNotFound, find_root, load
+
+    try:
+        root = find_root(Path.cwd())
+    except CourseNotFound:
+        root = find_root(Path(__file__).resolve())  # installed from a checkout: use that one
+    return load(root)
+
+
+def _state(catalog: "Catalog") -> "State":
+    from grader.state import State
+
+    return State(_state_folder(catalog))
+
+
+def _state_folder(catalog: "Catalog") -> Path:
+    return catalog.root / ".topeka"
+
+
+def _cache(catalog: "Catalog") -> Path:
+    return _state_folder(catalog) / "cache"
+
+
+def _one_lab(catalog: "Catalog", target: str) -> "Lab":
+    labs = catalog.select([target])
+    if len(labs) != 1:
+        raise Failure(f"{target} names {len(labs)} labs; this command takes one, such as {labs[0].id}", USAGE)
+    return labs[0]
+
+
+def _one_written_lab(catalog: "Catalog", target: str) -> "Lab":
+    lab = _one_lab(catalog, target)
+    if lab.planned:
+        raise Failure(f"{lab.id} ({lab.title}) is planned and not yet written", COULD_NOT_RUN)
+    return lab
+
+
+def _statuses(state: "State") -> "dict[str, Status]":
+    return {lab: attempt.report.status for lab, attempt in state.last_by_lab().items()}
+
+
+def _sandbox(name: SandboxName, threads: int | None = None) -> "Sandbox":
+    if name is SandboxName.DOCKER:
+        raise Failure(
+            "the docker sandbox is not part of this version; use --sandbox local", COULD_NOT_RUN
+        )
+    from grader.sandbox.local import LocalSandbox
+
+    sandbox = LocalSandbox(threads=threads)
+    sandbox.start()
+    return sandbox
+
+
+def _local_stack(wanted: StackName | None) -> str:
+    """Return the stack of this environment, which must be the wanted one if one is."""
+    from grader.machine import describe
+
+    machine = describe()
+    cuda_build = "+cpu" not in machine.libraries.get("torch", "+cpu")
+    here = "cpu" if not (cuda_build and machine.gpus) else "cuda" if len(machine.gpus) == 1 else "multi-gpu"
+    order = list(StackName)
+    if wanted is not None and order.index(wanted) > order.index(StackName(here)):
+        raise Failure(
+            f"--stack {wanted}: this environment is the {here} stack "
+            f"(torch {machine.libraries.get('torch', 'not installed')}, {len(machine.gpus)} GPUs); "
+            "`topeka doctor` says what is missing",
+            COULD_NOT_RUN,
+        )
+    return wanted or here
+
+
+# --- working on labs ---------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_labs(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List all chapters and labs with their status."""
+    catalog = _catalog()
+    statuses = _statuses(_state(catalog))
+    if as_json:
+        rows = [
+            {
+                "lab": lab.id,
+                "title": lab.title,
+                "stack": lab.stack,
+                "minutes": lab.minutes,
+                "planned": lab.planned,
+                "status": statuses.get(lab.id),
+            }
+            for lab in catalog.labs
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    from grader.terminal import lab_table
+
+    console = _console()
+    console.print(lab_table(catalog, catalog.chapters, statuses), soft_wrap=not console.is_terminal)
+
+
+@app.command("next")
+def next_lab() -> None:
+    """Say which lab comes next and how to begin."""
+    catalog = _catalog()
+    _print_next(_console(), catalog, _state(catalog))
+
+
+def _print_next(console: "Console", catalog: "Catalog", state: "State") -> None:
+    verified = state.verified()
+    for lab in catalog.labs:
+        if not lab.planned and lab.id not in verified:
+            folder = f"labs/{lab.path.parent.name}/{lab.path.name}"
+            console.print(f"Next: {lab.id} {lab.title} (about {lab.minutes} minutes)", markup=False)
+            console.print(f"  read   {folder}/README.md", markup=False, soft_wrap=True)
+            console.print(f"  write  {folder}/src/{lab.files[0]}", markup=False, soft_wrap=True)
+            console.print(f"  run    topeka watch {lab.id}", markup=False)
+            return
+    console.print("Every lab that is written so far is verified.")
+
+
+@app.command()
+def grade(
+    targets: Targets,
+    code: Code = "src",
+    sandbox: Annotated[SandboxName, typer.Option(help="where to run the tests")] = SandboxName.AUTO,
+    stack: Annotated[StackName | None, typer.Option(help="require this stack")] = None,
+    json_to: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="write the report as JSON to FILE or stdout")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="seconds for each lab, instead of the lab's own limit")
+    ] = None,
+    slow: Annotated[bool, typer.Option("--slow", help="also run tests marked slow (full training runs)")] = False,
+) -> None:
+    """Run the tests of TARGETs and report. Exit 0: all verified; 1: not; 2: wrong usage; 3: could not run."""
+    from grader.grading import grade as grade_labs
+    from grader.submission import read_code, code_folder
+
+    catalog = _catalog()
+    labs = catalog.select(targets)
+    if unwritten := [lab for lab in labs if lab.planned]:
+        labs = tuple(lab for lab in labs if not lab.planned)
+        note = f"planned and not yet written, left out: {', '.join(lab.id for lab in unwritten)}"
+        if not labs:
+            raise Failure(note, COULD_NOT_RUN)
+        print(note, file=sys.stderr)
+    for lab in labs:  # a wrong --code is said before anything starts
+        read_code(lab, code_folder(lab, code))
+    here = _local_stack(stack)
+    where = _sandbox(sandbox)
+    try:
+        with _Progress(_console_for_progress(json_to)) as progress:
+            report = grade_labs(
+                catalog,
+                labs,
+                where,
+                code=code,
+                stack=here,
+                slow=slow,
+                timeout_s=timeout,
+                cache=_cache(catalog),
+                on_event=progress.event,
+                on_lab=progress.lab,
+            )
+    finally:
+        where.close()
+    if code == "src":
+        _remember(_state(catalog), report)
+    if json_to == "-":
+        print(report.model_dump_json(indent=2))
+    else:
+        if json_to is not None:
+            _write_whole(Path(json_to), report.model_dump_json(indent=2) + "\n")
+        from grader.terminal import print_report
+
+        print_report(_console(), catalog, report)
+    raise typer.Exit(report.exit_code)
+
+
+def _remember(state: "State", report: "Report") -> None:
+    from grader.state import StateUnusable
+
+    try:
+        state.remember(report)
+    except (OSError, StateUnusable) as error:
+        print(f"topeka: this attempt is not remembered: {error}", file=sys.stderr)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    import os
+    import tempfile
+
+    try:
+        handle, name = tempfile.mkstemp(dir=file.resolve().parent, prefix=f".{file.name}.")
+    except OSError as error:
+        raise Failure(f"--json {file}: {error.strerror}", USAGE) from error
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    Path(name).chmod(0o644)
+    Path(name).replace(file)
+
+
+def _console_for_progress(json_to: str | None) -> "Console | None":
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal and json_to != "-" else None
+
+
+class _Progress:
+    """Live progress on a terminal, nothing elsewhere."""
+
+    def __init__(self, console: "Console | None") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._bars: dict[str, int] = {}
+        self._progress = console and Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[test]}"),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "_Progress":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def event(self, lab: "Lab", event: dict[str, object]) -> None:
+        if not self._progress:
+            return
+        match event["event"]:
+            case "started":
+                self._bars[lab.id] = self._progress.add_task(lab.id, total=None, test="")
+            case "collected":
+                tests = event["tests"]
+                assert isinstance(tests, list)
+                self._progress.update(self._bars[lab.id], total=len(tests))
+            case "test_started":
+                name = str(event["test"]).split("::")[-1]
+                self._progress.update(self._bars[lab.id], test=name)
+            case "test":
+                self._progress.advance(self._bars[lab.id])
+
+    def lab(self, report: "LabReport") -> None:
+        if self._progress and report.lab in self._bars:
+            self._progress.remove_task(self._bars.pop(report.lab))
+
+
+@app.command()
+def watch(targets: Targets) -> None:
+    """Grade again on every save, until Ctrl-C."""
+    import time
+
+    from grader.grading import grade as grade_labs
+    from grader.terminal import print_report
+    from grader.watch import on_save
+
+    catalog = _catalog()
+    labs = tuple(lab for lab in catalog.select(targets) if not lab.planned)
+    if not labs:
+        raise Failure(f"{' '.join(targets)}: planned and not yet written", COULD_NOT_RUN)
+    state, console = _state(catalog), _console()
+    here, sandbox = _local_stack(None), _sandbox(SandboxName.LOCAL)
+
+    def again(changed: "list[Lab] | tuple[Lab, ...]") -> None:
+        started = time.monotonic()
+        report = grade_labs(catalog, changed, sandbox, stack=here, cache=_cache(catalog))
+        _remember(state, report)
+        if console.is_terminal:
+            console.clear()
+        print_report(console, catalog, report)
+        console.print(
+            f"{time.strftime('%H:%M:%S')}  graded in {time.monotonic() - started:.2f} s; "
+            "watching for the next save, Ctrl-C ends",
+            style="dim",
+        )
+
+    try:
+        again(labs)
+        on_save(labs, lambda changed: again(tuple(changed)))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sandbox.close()
+    console.print("Stopped watching.")
+
+
+@app.command()
+def hint(
+    target: Target,
+    restart: Annotated[bool, typer.Option("--restart", help="begin again with the first hint")] = False,
+) -> None:
+    """Reveal one more hint, from a nudge to the solution's own lines."""
+    from grader.hint import topic
+
+    catalog = _catalog()
+    lab, state, console = _one_written_lab(catalog, target), _state(catalog), _console()
+    if restart:
+        state.forget_hints(lab.id)
+    last = state.last(lab.id)
+    found = topic(lab, last.report if last else None)
+    if found is None:
+        console.print(f"Nothing is left to write in {lab.id}. Run `topeka grade {lab.id}` to see what fails.")
+        return
+    shown = state.next_hint(lab.id, found.name)
+    step = min(shown, len(found.steps) - 1)
+    console.print(f"{lab.id}: {found.title}. Hint {step + 1} of {len(found.steps)}:", style="bold", markup=False)
+    console.print(found.steps[step], markup=False, soft_wrap=True)
+    if step + 1 < len(found.steps):
+        console.print(f"\nAnother: `topeka hint {lab.id}`", style="dim")
+    else:
+        console.print(f"\nThat was the last one. The whole solution: `topeka solution {lab.id}`", style="dim")
+
+
+@app.command()
+def solution(
+    target: Target,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+) -> None:
+    """Show our solution; asks first if you have not verified the lab."""
+    from rich.syntax import Syntax
+
+    catalog = _catalog()
+    lab, console = _one_written_lab(catalog, target), _console()
+    if lab.id not in _state(catalog).verified() and not yes:
+        if not sys.stdin.isatty():
+            raise Failure(f"{lab.id} is not verified yet; --yes shows its solution all the same", USAGE)
+        if not typer.confirm(f"You have not verified {lab.id} yet. Show its solution all the same?"):
+            raise typer.Exit(OK)
+    for name in lab.files:
+        text = (lab.path / "solutions" / name).read_text(encoding="utf-8")
+        if console.is_terminal:
+            console.rule(name)
+            console.print(Syntax(text, "python", word_wrap=True, background_color="default"))
+        else:
+            print(text, end="")
+
+
+@app.command()
+def reset(
+    target: Target,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+) -> None:
+    """Bring back the skeleton of a lab; your files are kept in .topeka/backups/."""
+    from datetime import datetime
+
+    from grader.skeleton import as_shipped
+
+    catalog = _catalog()
+    lab, console = _one_written_lab(catalog, target), _console()
+    shipped = {name: as_shipped(catalog, lab, name, _state_folder(catalog) / "skeletons") for name in lab.files}
+    current = {
+        name: (lab.path / "src" / name).read_text(encoding="utf-8", errors="surrogateescape")
+        for name in lab.files
+        if (lab.path / "src" / name).is_file()
+    }
+    if current == shipped:
+        console.print(f"{lab.id} is as shipped already; nothing to do.")
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise Failure(f"--yes resets {lab.id} without asking", USAGE)
+        if not typer.confirm(f"Put the skeleton of {lab.id} back? Your files are kept as a backup."):
+            raise typer.Exit(OK)
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S.%f")
+    backup = _state_folder(catalog) / "backups" / lab.path.parent.name / lab.path.name / stamp
+    if current:
+        backup.mkdir(parents=True)
+        for name in current:
+            (backup / name).write_bytes((lab.path / "src" / name).read_bytes())
+        console.print(f"Your files are in {backup.relative_to(catalog.root)}", soft_wrap=True, markup=False)
+    for name, text in shipped.items():
+        _write_whole(lab.path / "src" / name, text)
+    console.print(f"{lab.id} is as shipped again.")
+
+
+@app.command()
+def progress() -> None:
+    """Draw the 54 labs and 12 milestones."""
+    from grader.progress import print_progress
+
+    catalog = _catalog()
+    print_progress(_console(), catalog, _state(catalog))
+
+
+# --- the machine and the course ------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Examine this machine: what each stack needs, has and lacks."""
+    from grader.doctor import examine
+    from grader.terminal_doctor import print_findings
+
+    catalog = _catalog()
+    findings = examine(catalog.root)
+    if as_json:
+        print(findings.model_dump_json(indent=2))
+        return
+    print_findings(_console(), findings)
+
+
+@app.command()
+def lab(
+    target: Annotated[str, typer.Argument(metavar="CHAPTER", help="a chapter, such as ch01 or 1")],
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="do not start JupyterLab")] = False,
+) -> None:
+    """Begin work on a chapter: start JupyterLab, list the labs, say what to do next."""
+    from grader.skeleton import snapshot
+    from grader.terminal import lab_table
+
+    catalog = _catalog()
+    state, console = _state(catalog), _console()
+    labs = catalog.select([target])
+    chapters = [c for c in catalog.chapters if any(lab in c.labs for lab in labs)]
+    try:
+        snapshot(catalog, _state_folder(catalog) / "skeletons")
+    except OSError as error:
+        print(f"topeka: no copy of the skeletons is kept: {error}", file=sys.stderr)
+    for chapter in chapters:
+        console.print(f"Chapter {chapter.number}: {chapter.title}", style="bold", markup=False)
+        console.print(f"Milestone: {chapter.milestone.claim}\n", markup=False, soft_wrap=True)
+        console.print(lab_table(catalog, [chapter], _statuses(state)), soft_wrap=not console.is_terminal)
+        _say_what_can_be_verified(console, chapter.stack)
+    if not no_serve:
+        from grader import notebook_server
+
+        server = notebook_server.start(catalog.root, _state_folder(catalog))
+        console.print(f"\nJupyterLab: {server.url}", markup=False, soft_wrap=True)
+        console.print("`make stop` ends it.", style="dim")
+    console.print()
+    first = next((lab for lab in labs if not lab.planned and lab.id not in state.verified()), None)
+    if first is None:
+        _print_next(console, catalog, state)
+        return
+    folder = f"labs/{first.path.parent.name}/{first.path.name}"
+    console.print(f"Read {folder}/README.md, then run", markup=False, soft_wrap=True)
+    console.print(f"  .venv/bin/topeka watch {first.id}", markup=False)
+    console.print(f"and write {folder}/src/{first.files[0]}.", markup=False, soft_wrap=True)
+
+
+def _say_what_can_be_verified(console: "Console", stack: str) -> None:
+    here = _local_stack(None)
+    order = [name.value for name in StackName]
+    if order.index(stack) <= order.index(here):
+        return
+    console.print(
+        f"\nThis chapter is written for the {stack} stack; this machine has {here}. The CPU tier of every lab "
+        "(interpreted kernels, gloo ranks, small sizes) is verified here. Tests that need a GPU are reported "
+        "as not verified here, never as passed.",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def stop() -> None:
+    """End the JupyterLab that `topeka lab` started."""
+    from grader import notebook_server
+
+    catalog = _catalog()
+    ended = notebook_server.stop(_state_folder(catalog))
+    _console().print("JupyterLab is stopped." if ended else "No JupyterLab of this checkout is running.")
+
+
+@app.command()
+def check(
+    targets: Targets,
+    write: Annotated[
+        bool, typer.Option("--write", help="make the misconceptions' signatures.json anew from this run")
+    ] = False,
+) -> None:
+    """For authors: prove that skeletons fail, solutions pass and misconceptions are caught."""
+    import time
+
+    from grader.check import check as check_labs
+    from grader.terminal_check import print_checks
+
+    catalog, started = _catalog(), time.monotonic()
+    with _CheckProgress(_console_for_progress(None)) as progress:
+        found = check_labs(
+            catalog, catalog.select(targets), cache=_cache(catalog), write_signatures=write, on_run=progress.run
+        )
+    print_checks(_console(), found, time.monotonic() - started)
+    raise typer.Exit(FAILED if any(lab.problems for lab in found) else OK)
+
+
+class _CheckProgress:
+    def __init__(self, console: "Console | None") -> None:
+        self._console = console
+        self._runs = 0
+
+    def __enter__(self) -> "_CheckProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console and self._runs:
+            print("\r\033[K", end="", file=sys.stderr)
+
+    def run(self, variant: object, report: "LabReport") -> None:
+        self._runs += 1
+        if self._console:
+            print(f"\r\033[K{self._runs} runs; {report.lab}", end="", file=sys.stderr, flush=True)
+
+
+@app.command()
+def syllabus(
+    write: Annotated[bool, typer.Option("--write", help="write SYLLABUS.md")] = False,
+) -> None:
+    """Print SYLLABUS.md as the catalogue gives it, or write it; exit 1 if the file is out of date."""
+    from grader import syllabus as pages
+
+    catalog = _catalog()
+    if write:
+        pages.write(catalog.root)
+        return
+    if pages.is_stale(catalog.root):
+        raise Failure("SYLLABUS.md is out of date: run `topeka syllabus --write`", FAILED)
+    print((catalog.root / "SYLLABUS.md").read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Grades labs: catalogue → job → sandbox → events → report. The only place that makes a report."""
+
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grader import diagnosis, machine, misconceptions
+from grader.catalog import Catalog, Lab
+from grader.expected import ExpectedTest, expected_tests
+from grader.report import LabReport, MilestoneResult, Outcome, Report, Status, TestResult
+from grader.runner.protocol import Event, Job, Limits
+from grader.sandbox import Sandbox, SandboxFailed
+from grader.submission import SubmissionError, code_folder, pack, read_code
+
+# Called with the lab and each event while it runs, for live progress.
+OnEvent = Callable[[Lab, Event], None]
+
+_SIGNALS = {6: "abort", 9: "kill (out of memory?)", 11: "segmentation fault", 24: "CPU time limit"}
+
+
+def grade(
+    catalog: Catalog,
+    labs: Sequence[Lab],
+    sandbox: Sandbox,
+    *,
+    code: str = "src",
+    stack: str = "cpu",
+    slow: bool = False,
+    timeout_s: float | None = None,
+    cache: Path | None = None,
+    on_event: OnEvent | None = None,
+    on_lab: Callable[[LabReport], None] | None = None,
+) -> Report:
+    """Grade `labs` one after the other.
+
+    Args:
+        catalog: the course.
+        labs: what to grade.
+        sandbox: where.
+        code: `src`, `solutions` or a folder.
+        stack: of the environment the sandbox runs in.
+        slow: whether tests marked slow run too.
+        timeout_s: for each lab, instead of the lab's own.
+        cache: folder for expected test sets.
+        on_event: called with every event.
+        on_lab: called with every finished lab.
+
+    Raises:
+        SubmissionError: the code folder does not exist or cannot be read.
+    """
+    created, started = datetime.now(UTC), time.monotonic()
+    reports = []
+    for lab in labs:
+        report = grade_lab(
+            catalog,
+            lab,
+            sandbox,
+            read_code(lab, code_folder(lab, code)),
+            slow=slow,
+            timeout_s=timeout_s,
+            cache=cache,
+            on_event=on_event,
+        )
+        reports.append(report)
+        if on_lab:
+            on_lab(report)
+    return Report(
+        created=created,
+        code=code,
+        stack=stack,
+        isolation=sandbox.isolation,
+        machine=machine.describe(),
+        commit=_commit(catalog.root),
+        labs=tuple(reports),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def grade_lab(
+    catalog: Catalog,
+    lab: Lab,
+    sandbox: Sandbox,
+    code: dict[str, bytes],
+    *,
+    slow: bool = False,
+    seed: int = 0,
+    timeout_s: float | None = None,
+    cache: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> LabReport:
+    """Grade one lab with the given source files."""
+    if lab.planned:
+        return LabReport(
+            lab=lab.id, title=lab.title, status=Status.ERROR, reason="this lab is planned and not yet written"
+        )
+    job = Job(
+        id=f"{lab.id}-{time.monotonic_ns()}",
+        folder=f"{lab.path.parent.name}/{lab.path.name}",
+        preload=lab.preload,
+        slow=slow,
+        seed=seed,
+        limits=Limits(
+            timeout_s=timeout_s or lab.timeout,
+            memory_bytes=int(lab.memory_gb * (1 << 30)) if lab.stack == "cpu" else None,
+        ),
+    )
+    try:
+        expected = expected_tests(catalog, lab, lambda: sandbox, cache)
+        expected = tuple(t for t in expected if slow or not t.slow)
+        events = []
+        for event in sandbox.run(job, pack(catalog, lab, code)):
+            events.append(event)
+            if on_event:
+                on_event(lab, event)
+    except SandboxFailed as error:
+        return LabReport(lab=lab.id, title=lab.title, status=Status.ERROR, reason=str(error))
+    return _fold(lab, expected, events, job.limits)
+
+
+def _fold(lab: Lab, expected: Sequence[ExpectedTest], events: Iterable[Event], limits: Limits) -> LabReport:
+    results: dict[str, TestResult] = {}
+    milestones: list[MilestoneResult] = []
+    collect_errors: list[Event] = []
+    repeated: set[str] = set()
+    running: str | None = None
+    session_finished = False
+    finished: Event = {}
+    for event in events:
+        match event["event"]:
+            case "test_started":
+                running = event["test"]
+            case "test":
+                running = None
+                if event["test"] in results:
+                    repeated.add(event["test"])
+                results[event["test"]] = _test_result(event)
+                milestones += [_milestone(values) for values in event["milestones"]]
+            case "collect_error":
+                collect_errors.append(event)
+            case "session_finished":
+                session_finished = True
+            case "finished":
+                finished = event
+    names = [t.name for t in expected]
+    tests = tuple(results.get(n, TestResult(name=n, outcome=Outcome.NOT_RUN)) for n in names)
+    strangers = results.keys() - set(names) - {n for n in results if results[n].message.startswith("slow:")}
+    status, reason = _status(
+        tests, strangers, repeated, collect_errors, running, session_finished, finished, limits
+    )
+    found = None
+    if status is Status.FAILED:
+        hints = {m.name: m.hint for m in misconceptions.load(lab).misconception}
+        found = diagnosis.diagnose(tests, diagnosis.read_signatures(lab), hints)
+    return LabReport(
+        lab=lab.id,
+        title=lab.title,
+        status=status,
+        reason=reason,
+        tests=tests,
+        milestones=tuple(milestones),
+        diagnosis=found,
+        seconds=finished["seconds"],
+        peak_memory_bytes=finished["peak_memory_bytes"],
+        output=finished["output"] if status is not Status.VERIFIED else "",
+        output_cut=finished["output_cut"],
+    )
+
+
+def _status(
+    tests: Sequence[TestResult],
+    strangers: set[str],
+    repeated: set[str],
+    collect_errors: Sequence[Event],
+    running: str | None,
+    session_finished: bool,
+    finished: Event,
+    limits: Limits,
+) -> tuple[Status, str]:
+    """Return the lab's status and the sentence that goes with it."""
+    during = f" during {running.split('::')[-1]}" if running else ""
+    match finished["end"]:
+        case "timeout":
+            return Status.TIMEOUT, f"no verdict within {limits.timeout_s:g} s; stopped{during}"
+        case "processes":
+            return (
+                Status.ERROR,
+                f"more than {limits.processes} processes at a time; all were stopped{during}",
+            )
+        case "cancelled":
+            return Status.ERROR, "the grading was cancelled"
+        case "signalled":
+            signal = finished["code"]
+            return Status.ERROR, f"ended by signal {signal} ({_SIGNALS.get(signal, 'a signal')}){during}"
+    if not session_finished:
+        return (
+            Status.ERROR,
+            f"the process ended with status {finished['code']} before the tests had finished{during}: "
+            "does the code call exit, os._exit or close files that are not its own?",
+        )
+    if collect_errors:
+        first = collect_errors[0]
+        mine = all(error["code_under_test"] for error in collect_errors)
+        return (Status.FAILED if mine else Status.ERROR), str(first["message"])
+    counts = {outcome: sum(t.outcome is outcome for t in tests) for outcome in Outcome}
+    if strangers or repeated:
+        odd = ", ".join(sorted(strangers | repeated)[:3])
+        return Status.ERROR, f"results came for tests that are not expected, or came twice: {odd}"
+    if missing := counts[Outcome.NOT_RUN]:
+        return Status.ERROR, f"{missing} of {len(tests)} expected tests did not run{during}"
+    wrong = counts[Outcome.FAILED] + counts[Outcome.ERROR]
+    unwritten = counts[Outcome.NOT_WRITTEN]
+    if unwritten and not wrong and not counts[Outcome.PASSED]:
+        return Status.NOT_ATTEMPTED, "nothing is written yet"
+    if wrong or unwritten:
+        parts = [f"{wrong} of {len(tests)} tests failed"] if wrong else []
+        parts += [f"{unwritten} wait for code that is not written yet"] if unwritten else []
+        return Status.FAILED, ", ".join(parts)
+    if waiting := counts[Outcome.NOT_VERIFIED_HERE]:
+        why = next(t.message for t in tests if t.outcome is Outcome.NOT_VERIFIED_HERE)
+        return Status.NOT_VERIFIED_HERE, f"{waiting} of {len(tests)} tests cannot run here: {why}"
+    return Status.VERIFIED, ""
+
+
+def _test_result(event: Event) -> TestResult:
+    outcome = Outcome(event["outcome"])
+    if event["not_written"]:
+        outcome = Outcome.NOT_WRITTEN
+    return TestResult(
+        name=event["test"],
+        outcome=outcome,
+        seconds=event["seconds"],
+        message=event["message"],
+        output=event["output"] if outcome is not Outcome.PASSED else "",
+    )
+
+
+def _milestone(values: dict[str, object]) -> MilestoneResult:
+    result = MilestoneResult.model_validate({**values, "reached": False})
+    reached = result.value >= result.target if result.better == "higher" else result.value <= result.target
+    return result.model_copy(update={"reached": reached})
+
+
+def _commit(root: Path) -> str | None:
+    """Return the checkout's commit, or None where there is no git."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+__all__ = ["OnEvent", "SubmissionError", "grade", "grade_lab"]

@@ -1,0 +1,264 @@
+"""The warm parent: imports torch once, then forks one child per job.
+
+It never runs a torch operation and never touches CUDA: a thread pool or a CUDA context would
+not survive the fork.
+"""
+
+import contextlib
+import gc
+import importlib
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import stat
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+import psutil
+
+from grader.runner import child, reaper
+from grader.runner.protocol import CHILD_EVENTS, Event, Job, receive_job
+
+# A child's event line longer than this is no event of ours.
+_MAX_EVENT_BYTES = 1 << 20
+_WORK_PREFIX = "topeka-job-"
+
+
+class WarmParent:
+    """Takes jobs from `jobs` and writes events to the descriptor `events`."""
+
+    def __init__(self, jobs: IO[bytes], events: int) -> None:
+        self._jobs = jobs
+        self._events = events
+
+    def serve(self, preload: Sequence[str]) -> None:
+        """Import `preload`, say `ready`, and run jobs until `jobs` ends."""
+        reaper.adopt_orphans()
+        _sweep_left_overs()
+        _import(("shared.plugin", *preload))
+        self._send(event="ready", pid=os.getpid())
+        while (received := receive_job(self._jobs)) is not None:
+            job, tar = received
+            _import(job.preload)
+            self._send(event="started", job=job.id)
+            self._run(job, tar)
+
+    def _send(self, **event: object) -> None:
+        data = json.dumps(event).encode() + b"\n"
+        while data:
+            data = data[os.write(self._events, data) :]
+
+    def _run(self, job: Job, tar: bytes) -> None:
+        work = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
+        try:
+            with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+                archive.extractall(work, filter="data")
+            event_read, event_write = os.pipe()
+            output_read, output_write = os.pipe()
+            gc.freeze()
+            started = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                os.close(event_read)
+                os.close(output_read)
+                self._become_child(job, work, event_write, output_write)
+            os.close(event_write)
+            os.close(output_write)
+            with open(event_read, "rb", buffering=0) as e, open(output_read, "rb", buffering=0) as o:
+                watched = _Watched(job, pid, started, e, o, self._events, self._jobs)
+                finished = watched.until_end()
+        finally:
+            _remove(work)
+        self._send(**finished)
+
+    def _become_child(self, job: Job, work: Path, events: int, output: int) -> NoReturn:
+        code = 70  # EX_SOFTWARE: something of ours failed before or around pytest
+        try:
+            os.setsid()
+            reaper.die_with_parent()
+            with open(os.devnull, "rb") as null:
+                os.dup2(null.fileno(), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.close(output)
+            os.close(self._events)
+            sys.stdin = open(0, closefd=False)  # noqa: SIM115 -- lives as long as the child
+            sys.stdout = open(1, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            code = child.run(job, work, events)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+class _Watched:
+    """One running child: forwards its events, keeps the end of its output, enforces the limits."""
+
+    def __init__(
+        self,
+        job: Job,
+        pid: int,
+        started: float,
+        events: IO[bytes],
+        output: IO[bytes],
+        forward_to: int,
+        jobs: IO[bytes],
+    ) -> None:
+        self._job = job
+        self._pid = pid
+        self._started = started
+        self._sources = {events.fileno(): events, output.fileno(): output}
+        self._event_fd = events.fileno()
+        self._forward_to = forward_to
+        self._jobs_fd = jobs.fileno()
+        self._partial = b""
+        self._dropped = 0
+        self._output = bytearray()
+        self._output_cut = False
+
+    def until_end(self) -> Event:
+        """Watch until the child has ended, end everything it started, and say how it went."""
+        deadline = self._started + self._job.limits.timeout_s
+        next_count = self._started
+        end: str | None = None
+        usage = None
+        while end is None:
+            self._read(0.02)
+            pid, status, usage = os.wait4(self._pid, os.WNOHANG)
+            now = time.monotonic()
+            if pid:
+                end = "signalled" if os.WIFSIGNALED(status) else "exited"
+            elif now > deadline:
+                end = "timeout"
+            elif self._client_is_gone():
+                end = "cancelled"
+            elif now >= next_count:
+                next_count = now + 0.1
+                if reaper.count_descendants() > self._job.limits.processes:
+                    end = "processes"
+        code: int | None = None
+        if end in ("exited", "signalled"):
+            code = os.WTERMSIG(status) if end == "signalled" else os.WEXITSTATUS(status)
+            peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) if usage else None
+        else:
+            peak = _peak_memory(self._pid)
+        clean = reaper.kill_descendants(self._pid)
+        self._drain()
+        return {
+            "event": "finished",
+            "job": self._job.id,
+            "end": end,
+            "code": code,
+            "seconds": round(time.monotonic() - self._started, 6),
+            "peak_memory_bytes": peak,
+            "output": self._output.decode(errors="replace"),
+            "output_cut": self._output_cut,
+            "dropped": self._dropped,
+            "processes_left": not clean,
+        }
+
+    def _client_is_gone(self) -> bool:
+        # Between jobs nothing is written to us; readable here means the end of the stream.
+        poller = select.poll()
+        poller.register(self._jobs_fd, select.POLLHUP)
+        return any(mask & select.POLLHUP for _, mask in poller.poll(0))
+
+    def _read(self, timeout: float) -> bool:
+        if not self._sources:
+            time.sleep(min(timeout, 0.005))
+            return False
+        readable, _, _ = select.select(list(self._sources), [], [], timeout)
+        for descriptor in readable:
+            data = os.read(descriptor, 1 << 16)
+            if not data:
+                del self._sources[descriptor]
+            elif descriptor == self._event_fd:
+                self._take_events(data)
+            else:
+                self._take_output(data)
+        return bool(readable)
+
+    def _drain(self) -> None:
+        # What was written before the end is still in the pipes.
+        deadline = time.monotonic() + 2.0
+        while self._sources and time.monotonic() < deadline and self._read(0):
+            pass
+
+    def _take_events(self, data: bytes) -> None:
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > _MAX_EVENT_BYTES:
+            self._partial, self._dropped = b"", self._dropped + 1
+        for line in lines:
+            if not _is_child_event(line):
+                self._dropped += 1
+                continue
+            line += b"\n"
+            while line:
+                line = line[os.write(self._forward_to, line) :]
+
+    def _take_output(self, data: bytes) -> None:
+        self._output += data
+        keep = self._job.limits.output_bytes
+        if len(self._output) > keep:
+            self._output_cut = True
+            del self._output[:-keep]
+
+
+def _is_child_event(line: bytes) -> bool:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(event, dict) and event.get("event") in CHILD_EVENTS
+
+
+def _import(modules: Sequence[str]) -> None:
+    for name in modules:
+        # A module this machine lacks is the tests' business; they name it in their own error.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def _peak_memory(pid: int) -> int | None:
+    with contextlib.suppress(psutil.Error, AttributeError):
+        return int(psutil.Process(pid).memory_info().rss)
+    return None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a work folder, also one whose sub-folders were made unreadable."""
+
+    def make_writable(function: object, path: str, _: object) -> None:
+        parent = Path(path).parent
+        for place in (parent, Path(path)):
+            with contextlib.suppress(OSError):
+                place.chmod(stat.S_IRWXU)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+    shutil.rmtree(folder, onerror=make_writable)
+
+
+def _sweep_left_overs() -> None:
+    """Remove work folders of warm parents that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_WORK_PREFIX}*"):
+        owner = folder.name.removeprefix(_WORK_PREFIX).split("-")[0]
+        with contextlib.suppress(OSError):
+            if owner.isdigit() and not psutil.pid_exists(int(owner)) and folder.stat().st_uid == os.getuid():
+                _remove(folder)
