@@ -128,7 +128,7 @@ def test_milestone(milestone):
     milestone("largest error", abs(half(3.0) - 1.5), 1e-5, "absolute", better="lower")
 """
 
-MISCONCEPTIONS = '''
+MISCONCEPTIONS = """
 [[misconception]]
 name = "forgets_the_operator"
 file = "numbers_lab.py"
@@ -174,7 +174,7 @@ name = "modulo_by_subtraction"
 file = "numbers_lab.py"
 find = "n % 2 == 0"
 replace = "n - n // 2 * 2 == 0"
-'''
+"""
 
 
 def write_course(root: Path) -> Path:

@@ -157,7 +157,12 @@ def test_printing_without_end_inside_a_test_stops_at_the_file_limit(course, sand
 
 def test_sleeping_for_ever_is_a_timeout_that_names_the_test(course, sandbox):
     started = time.monotonic()
-    report = grade(course, sandbox, hostile("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)"), timeout_s=1.0)
+    report = grade(
+        course,
+        sandbox,
+        hostile("signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)"),
+        timeout_s=1.0,
+    )
     assert report.status is Status.TIMEOUT
     assert report.reason == "no verdict within 1 s; stopped during test_double[1.5]"
     assert time.monotonic() - started < 20

@@ -124,7 +124,9 @@ def anatomy(lab: Lab) -> list[str]:
         problems.append("README.md is missing")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     if text and [h for h in headings if h in SECTIONS] != list(SECTIONS):
-        problems.append(f"README.md needs the sections {', '.join(SECTIONS)}, in this order; it has {headings}")
+        problems.append(
+            f"README.md needs the sections {', '.join(SECTIONS)}, in this order; it has {headings}"
+        )
     if text and not re.search(r"\d+ minutes", text.split("\n## ")[0]):
         problems.append("README.md gives no time estimate (`About 60 minutes`) above the first section")
     if not list((lab.path / "tests").glob("test_*.py")):
@@ -253,7 +255,9 @@ def _judge(
             else:
                 problems.append(f"alternative {variant.name} is rejected: {_failures(report)}")
     if len(known.misconception) < FEWEST_MISCONCEPTIONS:
-        problems.append(f"{len(known.misconception)} misconceptions, {FEWEST_MISCONCEPTIONS} at least are needed")
+        problems.append(
+            f"{len(known.misconception)} misconceptions, {FEWEST_MISCONCEPTIONS} at least are needed"
+        )
     found.misconceptions = len(known.misconception)
     for misconception in known.misconception:
         if misconception.name not in wrong:
@@ -284,7 +288,9 @@ def _solution_problems(catalog: Catalog, lab: Lab, report: LabReport) -> list[st
             continue
         value = report.milestones[0].value
         if not (value <= claim.ours if claim.better == "lower" else value >= claim.ours):
-            problems.append(f"the solution's milestone is {value:.4g} {claim.unit}, ours should be {claim.ours:g}")
+            problems.append(
+                f"the solution's milestone is {value:.4g} {claim.unit}, ours should be {claim.ours:g}"
+            )
     return problems
 
 

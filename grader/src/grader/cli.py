@@ -5,28 +5,31 @@ than 0.3 s, and torch is imported by the runner's own process only.
 """
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from grader.errors import COULD_NOT_RUN, FAILED, OK, TopekaError, UsageError
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from grader.catalog import Catalog, Lab
     from grader.report import LabReport, Report, Status
     from grader.sandbox import Sandbox
     from grader.state import State
 
-OK, FAILED, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
-
 app = typer.Typer(
     name="topeka",
     help="A course on transformers, from dot-product attention to Triton kernels.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: drawing boxes would double the start-up time
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,31 +55,15 @@ class StackName(StrEnum):
     MULTI_GPU = "multi-gpu"
 
 
-class Failure(Exception):
-    """Ends the command with a sentence and an exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def main() -> None:
     """Run the command; every expected error is one sentence on standard error."""
-    from grader.catalog import CatalogError, CourseNotFound, UnknownTarget
-    from grader.skeleton import NoSkeleton
-    from grader.state import StateUnusable
-    from grader.submission import SubmissionError
-
     try:
         app()
-    except Failure as failure:
-        _fail(str(failure), failure.code)
-    except (UnknownTarget, SubmissionError) as error:
-        _fail(str(error), USAGE)
-    except (CatalogError, CourseNotFound, NoSkeleton, StateUnusable) as error:
-        _fail(str(error), COULD_NOT_RUN)
+    except TopekaError as error:
+        _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (`topeka list | head`); nobody is left to tell
+        # The reader went away (`topeka list | head`); nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except KeyboardInterrupt:
         _fail("stopped", 130)
@@ -84,7 +71,7 @@ def main() -> None:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}", COULD_NOT_RUN)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"topeka: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -128,14 +115,14 @@ def _cache(catalog: "Catalog") -> Path:
 def _one_lab(catalog: "Catalog", target: str) -> "Lab":
     labs = catalog.select([target])
     if len(labs) != 1:
-        raise Failure(f"{target} names {len(labs)} labs; this command takes one, such as {labs[0].id}", USAGE)
+        raise UsageError(f"{target} names {len(labs)} labs; this command takes one, such as {labs[0].id}")
     return labs[0]
 
 
 def _one_written_lab(catalog: "Catalog", target: str) -> "Lab":
     lab = _one_lab(catalog, target)
     if lab.planned:
-        raise Failure(f"{lab.id} ({lab.title}) is planned and not yet written", COULD_NOT_RUN)
+        raise TopekaError(f"{lab.id} ({lab.title}) is planned and not yet written")
     return lab
 
 
@@ -145,7 +132,7 @@ def _statuses(state: "State") -> "dict[str, Status]":
 
 def _sandbox(name: SandboxName, threads: int | None = None) -> "Sandbox":
     if name is SandboxName.DOCKER:
-        raise Failure(
+        raise TopekaError(
             "the docker sandbox is not part of this version; use --sandbox local", COULD_NOT_RUN
         )
     from grader.sandbox.local import LocalSandbox
@@ -164,7 +151,7 @@ def _local_stack(wanted: StackName | None) -> str:
     here = "cpu" if not (cuda_build and machine.gpus) else "cuda" if len(machine.gpus) == 1 else "multi-gpu"
     order = list(StackName)
     if wanted is not None and order.index(wanted) > order.index(StackName(here)):
-        raise Failure(
+        raise TopekaError(
             f"--stack {wanted}: this environment is the {here} stack "
             f"(torch {machine.libraries.get('torch', 'not installed')}, {len(machine.gpus)} GPUs); "
             "`topeka doctor` says what is missing",
@@ -230,16 +217,19 @@ def grade(
     sandbox: Annotated[SandboxName, typer.Option(help="where to run the tests")] = SandboxName.AUTO,
     stack: Annotated[StackName | None, typer.Option(help="require this stack")] = None,
     json_to: Annotated[
-        str | None, typer.Option("--json", metavar="FILE|-", help="write the report as JSON to FILE or stdout")
+        str | None,
+        typer.Option("--json", metavar="FILE|-", help="write the report as JSON to FILE or stdout"),
     ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.1, help="seconds for each lab, instead of the lab's own limit")
     ] = None,
-    slow: Annotated[bool, typer.Option("--slow", help="also run tests marked slow (full training runs)")] = False,
+    slow: Annotated[
+        bool, typer.Option("--slow", help="also run tests marked slow (full training runs)")
+    ] = False,
 ) -> None:
     """Run the tests of TARGETs and report. Exit 0: all verified; 1: not; 2: wrong usage; 3: could not run."""
     from grader.grading import grade as grade_labs
-    from grader.submission import read_code, code_folder
+    from grader.submission import code_folder, read_code
 
     catalog = _catalog()
     labs = catalog.select(targets)
@@ -247,7 +237,7 @@ def grade(
         labs = tuple(lab for lab in labs if not lab.planned)
         note = f"planned and not yet written, left out: {', '.join(lab.id for lab in unwritten)}"
         if not labs:
-            raise Failure(note, COULD_NOT_RUN)
+            raise TopekaError(note)
         print(note, file=sys.stderr)
     for lab in labs:  # a wrong --code is said before anything starts
         read_code(lab, code_folder(lab, code))
@@ -292,13 +282,12 @@ def _remember(state: "State", report: "Report") -> None:
 
 
 def _write_whole(file: Path, text: str) -> None:
-    import os
     import tempfile
 
     try:
         handle, name = tempfile.mkstemp(dir=file.resolve().parent, prefix=f".{file.name}.")
     except OSError as error:
-        raise Failure(f"--json {file}: {error.strerror}", USAGE) from error
+        raise UsageError(f"--json {file}: {error.strerror}") from error
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         stream.write(text)
     Path(name).chmod(0o644)
@@ -318,7 +307,7 @@ class _Progress:
     def __init__(self, console: "Console | None") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self._bars: dict[str, int] = {}
+        self._bars: dict[str, TaskID] = {}
         self._progress = console and Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -371,7 +360,7 @@ def watch(targets: Targets) -> None:
     catalog = _catalog()
     labs = tuple(lab for lab in catalog.select(targets) if not lab.planned)
     if not labs:
-        raise Failure(f"{' '.join(targets)}: planned and not yet written", COULD_NOT_RUN)
+        raise TopekaError(f"{' '.join(targets)}: planned and not yet written")
     state, console = _state(catalog), _console()
     here, sandbox = _local_stack(None), _sandbox(SandboxName.LOCAL)
 
@@ -417,7 +406,9 @@ def hint(
         return
     shown = state.next_hint(lab.id, found.name)
     step = min(shown, len(found.steps) - 1)
-    console.print(f"{lab.id}: {found.title}. Hint {step + 1} of {len(found.steps)}:", style="bold", markup=False)
+    console.print(
+        f"{lab.id}: {found.title}. Hint {step + 1} of {len(found.steps)}:", style="bold", markup=False
+    )
     console.print(found.steps[step], markup=False, soft_wrap=True)
     if step + 1 < len(found.steps):
         console.print(f"\nAnother: `topeka hint {lab.id}`", style="dim")
@@ -437,7 +428,7 @@ def solution(
     lab, console = _one_written_lab(catalog, target), _console()
     if lab.id not in _state(catalog).verified() and not yes:
         if not sys.stdin.isatty():
-            raise Failure(f"{lab.id} is not verified yet; --yes shows its solution all the same", USAGE)
+            raise UsageError(f"{lab.id} is not verified yet; --yes shows its solution all the same")
         if not typer.confirm(f"You have not verified {lab.id} yet. Show its solution all the same?"):
             raise typer.Exit(OK)
     for name in lab.files:
@@ -461,7 +452,9 @@ def reset(
 
     catalog = _catalog()
     lab, console = _one_written_lab(catalog, target), _console()
-    shipped = {name: as_shipped(catalog, lab, name, _state_folder(catalog) / "skeletons") for name in lab.files}
+    shipped = {
+        name: as_shipped(catalog, lab, name, _state_folder(catalog) / "skeletons") for name in lab.files
+    }
     current = {
         name: (lab.path / "src" / name).read_text(encoding="utf-8", errors="surrogateescape")
         for name in lab.files
@@ -472,7 +465,7 @@ def reset(
         return
     if not yes:
         if not sys.stdin.isatty():
-            raise Failure(f"--yes resets {lab.id} without asking", USAGE)
+            raise UsageError(f"--yes resets {lab.id} without asking")
         if not typer.confirm(f"Put the skeleton of {lab.id} back? Your files are kept as a backup."):
             raise typer.Exit(OK)
     stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S.%f")
@@ -593,7 +586,11 @@ def check(
     catalog, started = _catalog(), time.monotonic()
     with _CheckProgress(_console_for_progress(None)) as progress:
         found = check_labs(
-            catalog, catalog.select(targets), cache=_cache(catalog), write_signatures=write, on_run=progress.run
+            catalog,
+            catalog.select(targets),
+            cache=_cache(catalog),
+            write_signatures=write,
+            on_run=progress.run,
         )
     print_checks(_console(), found, time.monotonic() - started)
     raise typer.Exit(FAILED if any(lab.problems for lab in found) else OK)
@@ -629,7 +626,7 @@ def syllabus(
         pages.write(catalog.root)
         return
     if pages.is_stale(catalog.root):
-        raise Failure("SYLLABUS.md is out of date: run `topeka syllabus --write`", FAILED)
+        _fail("SYLLABUS.md is out of date: run `topeka syllabus --write`", FAILED)
     print((catalog.root / "SYLLABUS.md").read_text(encoding="utf-8"), end="")
 
 

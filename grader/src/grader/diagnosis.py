@@ -31,9 +31,7 @@ _FRAME = re.compile(r'^ {2}File ".*$\n^ {4}.*$\n?', re.MULTILINE)
 
 def signature(tests: Sequence[TestResult]) -> dict[str, str]:
     """Return the failing tests, each with a fingerprint of its message."""
-    return {
-        t.name: fingerprint(t.message) for t in tests if t.outcome in (Outcome.FAILED, Outcome.ERROR)
-    }
+    return {t.name: fingerprint(t.message) for t in tests if t.outcome in (Outcome.FAILED, Outcome.ERROR)}
 
 
 def fingerprint(message: str) -> str:

@@ -81,7 +81,9 @@ def _collect(catalog: Catalog, lab: Lab, sandbox: Sandbox) -> tuple[ExpectedTest
         elif event["event"] == "finished" and event["end"] != "exited":
             problems.append(f"collecting ended with {event['end']}")
     if not tests or problems:
-        raise SandboxFailed(f"the tests of {lab.id} cannot be collected: {'; '.join(problems) or 'none found'}")
+        raise SandboxFailed(
+            f"the tests of {lab.id} cannot be collected: {'; '.join(problems) or 'none found'}"
+        )
     return tests
 
 

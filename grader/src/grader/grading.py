@@ -244,7 +244,16 @@ def _milestone(values: dict[str, object]) -> MilestoneResult:
 
 def _commit(root: Path) -> str | None:
     """Return the checkout's commit, or None where there is no git."""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty=+changes",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Hints, one step at a time: where to begin, what fails, what it looks like, then the solution piece by piece."""
+"""Hints, one step at a time: where to begin, what fails, then the solution piece by piece."""
 
 import ast
 from dataclasses import dataclass

@@ -43,7 +43,12 @@ def print_progress(console: Console, catalog: Catalog, state: State) -> None:
         reached += bool(mine) and mine[0].reached
         bound = "≤" if claim.better == "lower" else "≥"
         table.add_row(
-            chapter.id, chapter.title, cells, claim.claim, f"{bound} {claim.promised:g}", _value(chapter, mine)
+            chapter.id,
+            chapter.title,
+            cells,
+            claim.claim,
+            f"{bound} {claim.promised:g}",
+            _value(chapter, mine),
         )
     console.print(table, soft_wrap=not console.is_terminal)
     written = [lab for lab in catalog.labs if not lab.planned]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from grader.machine import Machine
 from grader.sandbox import Isolation
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 class Status(StrEnum):

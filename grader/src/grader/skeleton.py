@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grader.catalog import Catalog, Lab
+from grader.errors import TopekaError
 
 MARKER = "YOUR CODE HERE"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class NoSkeleton(Exception):
+class NoSkeleton(TopekaError):
     """The file as shipped cannot be found; the message says why."""
 
 
@@ -187,10 +188,7 @@ def _compare_bodies(ours: list[ast.stmt], theirs: list[ast.stmt], where: str) ->
 def _comparefunctions(ours: Function, theirs: Function) -> list[str]:
     problems = []
     for part in ("args", "returns", "decorator_list"):
-        a, b = (ast.dump(ast.Module([ast.Expr(value)], [])) if isinstance(value, ast.AST) else
-                str([ast.dump(v) for v in value or []])
-                for value in (getattr(ours, part), getattr(theirs, part)))  # fmt: skip
-        if a != b:
+        if _dump_all(getattr(ours, part)) != _dump_all(getattr(theirs, part)):
             problems.append(f"{ours.name}: {part.replace('_', ' ')} differ")
     if ast.get_docstring(ours) != ast.get_docstring(theirs):
         problems.append(f"{ours.name}: the docstrings differ")
@@ -220,6 +218,11 @@ def _name(node: ast.stmt) -> str:
 
 def _dump(body: list[ast.stmt]) -> str:
     return ast.dump(ast.Module(body, []))
+
+
+def _dump_all(value: ast.AST | list[ast.expr] | None) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [ast.dump(v) for v in values if v is not None]
 
 
 def _dump_class_head(node: ast.ClassDef) -> str:

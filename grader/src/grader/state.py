@@ -4,6 +4,7 @@ SQLite in WAL mode: several processes may read and write at once. A read-only ch
 graded all the same; nothing is remembered then.
 """
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from grader.errors import TopekaError
 from grader.report import LabReport, Report, Status
 
 _SCHEMA = """
@@ -32,7 +34,7 @@ CREATE TABLE IF NOT EXISTS hints (
 _VERSION = 1
 
 
-class StateUnusable(Exception):
+class StateUnusable(TopekaError):
     """The state file cannot be used; the message says what to do."""
 
 
@@ -72,7 +74,9 @@ class State:
                 )
             if version < _VERSION:
                 connection.execute("PRAGMA journal_mode = WAL")
-                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
+                )
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
@@ -97,7 +101,13 @@ class State:
 
     def last(self, lab: str) -> Attempt | None:
         """Return the newest attempt at `lab`, or None."""
-        return self._latest("lab = ?", lab)
+        if not self._file.exists():
+            return None
+        with self._open() as connection:
+            row = connection.execute(
+                "SELECT created, report FROM attempts WHERE lab = ? ORDER BY id DESC LIMIT 1", (lab,)
+            ).fetchone()
+        return _attempt(row) if row else None
 
     def last_by_lab(self) -> dict[str, Attempt]:
         """Return the newest attempt of every lab that has one."""
@@ -125,7 +135,9 @@ class State:
         if not self._file.exists():
             return 0
         with self._open() as connection:
-            return int(connection.execute("SELECT count(*) FROM attempts WHERE lab = ?", (lab,)).fetchone()[0])
+            return int(
+                connection.execute("SELECT count(*) FROM attempts WHERE lab = ?", (lab,)).fetchone()[0]
+            )
 
     def next_hint(self, lab: str, topic: str) -> int:
         """Return how many hints on `topic` were shown before, and count one more."""
@@ -142,19 +154,8 @@ class State:
         with self._open() as connection:
             connection.execute("DELETE FROM hints WHERE lab = ?", (lab,))
 
-    def _latest(self, where: str, *values: str) -> Attempt | None:
-        if not self._file.exists():
-            return None
-        with self._open() as connection:
-            row = connection.execute(
-                f"SELECT created, report FROM attempts WHERE {where} ORDER BY id DESC LIMIT 1", values
-            ).fetchone()
-        return _attempt(row) if row else None
-
 
 def _attempt(row: tuple[str, str]) -> Attempt:
-    import json
-
     values = json.loads(row[1])
     values.pop("passed", None)  # computed, not stored
     return Attempt(datetime.fromisoformat(row[0]), LabReport.model_validate(values))

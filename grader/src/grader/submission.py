@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grader.catalog import Catalog, Lab
+from grader.errors import UsageError
 
 MAX_FILE_BYTES = 1 << 20
 
 
-class SubmissionError(Exception):
+class SubmissionError(UsageError):
     """The code under test cannot be taken; the message says why and what to do."""
 
 
@@ -25,7 +26,9 @@ def read_code(lab: Lab, folder: Path) -> dict[str, bytes]:
         SubmissionError: `folder` does not exist, or a file is too large or cannot be read.
     """
     if not folder.is_dir():
-        raise SubmissionError(f"{folder} is no folder: --code takes src, solutions or a folder of source files")
+        raise SubmissionError(
+            f"{folder} is no folder: --code takes src, solutions or a folder of source files"
+        )
     code: dict[str, bytes] = {}
     for name in lab.files:
         file = folder / name

@@ -62,7 +62,13 @@ def _table(report: Report) -> Table:
 
 
 def _plain_line(lab: LabReport) -> str:
-    parts = [lab.lab, words(lab.status), f"{lab.passed}/{len(lab.tests)} tests", f"{lab.seconds:.1f} s", lab.title]
+    parts = [
+        lab.lab,
+        words(lab.status),
+        f"{lab.passed}/{len(lab.tests)} tests",
+        f"{lab.seconds:.1f} s",
+        lab.title,
+    ]
     return "  ".join(parts + [_milestone(m) for m in lab.milestones])
 
 
@@ -77,7 +83,9 @@ def details(lab: LabReport) -> list[RenderableType]:
         return []
     style = STYLES[lab.status]
     parts: list[RenderableType] = [
-        Text.assemble("\n", (f"{lab.lab} {words(lab.status)}", style), f": {lab.reason}" if lab.reason else "")
+        Text.assemble(
+            "\n", (f"{lab.lab} {words(lab.status)}", style), f": {lab.reason}" if lab.reason else ""
+        )
     ]
     if lab.status is Status.NOT_ATTEMPTED:
         return parts
@@ -90,9 +98,8 @@ def details(lab: LabReport) -> list[RenderableType]:
         if tests[0].output.strip():
             body += "\nprinted: " + "\n         ".join(tests[0].output.strip().splitlines()[-8:])
         parts.append(Padding(Text(body), (0, 0, 0, 4)))
-    if more := len(groups) - FAILURES_SHOWN:
-        if more > 0:
-            parts.append(Text(f"  and {more} more failing tests"))
+    if len(groups) > FAILURES_SHOWN:
+        parts.append(Text(f"  and {len(groups) - FAILURES_SHOWN} more failing tests"))
     if lab.diagnosis:
         parts.append(
             Group(
@@ -141,7 +148,10 @@ def next_step(catalog: Catalog, report: Report) -> str:
             case Status.FAILED | Status.TIMEOUT:
                 return f"Next: `topeka watch {lab.lab}` while you mend it; `topeka hint {lab.lab}` if you are stuck"
             case Status.ERROR:
-                return f"Next: see the reason above; `topeka doctor` examines this machine, `topeka reset {lab.lab}` starts over"
+                return (
+                    "Next: see the reason above; `topeka doctor` examines this machine, "
+                    f"`topeka reset {lab.lab}` starts over"
+                )
     done = {lab.lab for lab in report.labs}
     if all(lab.status is Status.VERIFIED for lab in report.labs):
         following = _following(catalog, report.labs[-1].lab)
@@ -169,7 +179,9 @@ def lab_table(catalog: Catalog, chapters: Sequence[Chapter], statuses: dict[str,
     table.add_column("minutes", justify="right")
     for chapter in chapters:
         if len(chapters) > 1:
-            table.add_row(Text(chapter.id, style="bold"), Text(chapter.title, style="bold"), chapter.stack, "", "")
+            table.add_row(
+                Text(chapter.id, style="bold"), Text(chapter.title, style="bold"), chapter.stack, "", ""
+            )
         for lab in chapter.labs:
             table.add_row(lab.id, escape(lab.title), lab.stack, status_text(lab, statuses), str(lab.minutes))
     return table

@@ -25,7 +25,9 @@ def print_checks(console: Console, found: Sequence[LabCheck], seconds: float) ->
             f"{lab.diagnosed}/{lab.misconceptions}",
             f"{lab.accepted}/{lab.alternatives}",
             f"{lab.solution_seconds:.1f}",
-            Text("ok", style="green") if not lab.problems else Text(f"{len(lab.problems)} problems", style="red"),
+            Text("ok", style="green")
+            if not lab.problems
+            else Text(f"{len(lab.problems)} problems", style="red"),
         )
     console.print(table, soft_wrap=not console.is_terminal)
     for lab in found:
@@ -36,5 +38,7 @@ def print_checks(console: Console, found: Sequence[LabCheck], seconds: float) ->
     total = sum(lab.misconceptions for lab in found)
     right = sum(lab.diagnosed for lab in found)
     if total:
-        console.print(f"\nDiagnosis: {right} of {total} misconceptions named as themselves ({right / total:.0%}).")
+        console.print(
+            f"\nDiagnosis: {right} of {total} misconceptions named as themselves ({right / total:.0%})."
+        )
     console.print(f"{len(found)} labs in {seconds:.0f} s.", style="dim")

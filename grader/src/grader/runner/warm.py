@@ -72,7 +72,7 @@ class WarmParent:
                 self._become_child(job, work, event_write, output_write)
             os.close(event_write)
             os.close(output_write)
-            with open(event_read, "rb", buffering=0) as e, open(output_read, "rb", buffering=0) as o:
+            with os.fdopen(event_read, "rb", 0) as e, os.fdopen(output_read, "rb", 0) as o:
                 watched = _Watched(job, pid, started, e, o, self._events, self._jobs)
                 finished = watched.until_end()
         finally:
@@ -84,15 +84,16 @@ class WarmParent:
         try:
             os.setsid()
             reaper.die_with_parent()
-            with open(os.devnull, "rb") as null:
-                os.dup2(null.fileno(), 0)
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.close(null)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.close(output)
             os.close(self._events)
-            sys.stdin = open(0, closefd=False)  # noqa: SIM115 -- lives as long as the child
-            sys.stdout = open(1, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
-            sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+            sys.stdin = os.fdopen(0, closefd=False)
+            sys.stdout = os.fdopen(1, "w", closefd=False, errors="backslashreplace")
+            sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             code = child.run(job, work, events)

@@ -63,7 +63,7 @@ class LocalSandbox:
             raise SandboxFailed(f"the runner could not be started: {error}") from error
         finally:
             os.close(write)
-        self._events = open(read, "rb")  # noqa: SIM115 -- closed in close()
+        self._events = os.fdopen(read, "rb")
 
     def run(self, job: Job, tar: bytes) -> Iterator[Event]:
         """Run a job; yields its events, the last of them `finished`.
