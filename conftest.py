@@ -5,4 +5,6 @@
 # grader.tests.test_x, and makes up a package `grader` if none is imported yet.
 import grader  # noqa: F401
 
-pytest_plugins = ["shared.plugin"]
+# pytester (part of pytest) runs pytest inside the plugin's own tests; only the root conftest.py
+# can load it.
+pytest_plugins = ["shared.plugin", "pytester"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from grader import diagnosis, misconceptions, skeleton
 from grader.catalog import Catalog, CatalogError, Lab
+from grader.chapter_file import unlisted_labs
 from grader.grading import grade_lab
 from grader.misconceptions import Edit, Misconceptions
 from grader.report import LabReport, Outcome, Status
@@ -96,6 +97,11 @@ def check(
     checks = {lab.id: LabCheck(lab) for lab in labs}
     variants: list[Variant] = []
     known: dict[str, Misconceptions] = {}
+    for chapter in catalog.chapters:
+        for lab in [lab for lab in labs if lab in chapter.labs][:1]:
+            checks[lab.id].problems += [
+                f"chapter.toml does not list the folder {name} beside it" for name in unlisted_labs(chapter)
+            ]
     for lab in labs:
         found = checks[lab.id]
         found.problems += anatomy(lab)
@@ -236,6 +242,10 @@ def _judge(
 ) -> None:
     problems, lab = found.problems, found.lab
     wrong = {v.name: r for v, r in runs if v.kind == "misconception"}
+    if not any(r.tests for v, r in runs if v.kind == "solution"):
+        # Nothing below would say anything that this does not.
+        problems += [f"the solution cannot be run: {r.reason}" for v, r in runs if v.kind == "solution"]
+        return
     for variant, report in runs:
         if variant.kind == "skeleton":
             if passed := [t.name for t in report.tests if t.outcome is Outcome.PASSED]:
@@ -299,7 +309,7 @@ def _judge_diagnoses(
 ) -> None:
     lab, problems = found.lab, found.problems
     hints = {m.name: m.hint for m in known.misconception}
-    if write_signatures:
+    if write_signatures and not problems:
         diagnosis.write_signatures(lab, {n: diagnosis.signature(r.tests) for n, r in sorted(wrong.items())})
     signatures = diagnosis.read_signatures(lab)
     if signatures.keys() != wrong.keys():

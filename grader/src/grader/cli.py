@@ -16,6 +16,8 @@ import typer
 from grader.errors import COULD_NOT_RUN, FAILED, OK, TopekaError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from rich.progress import TaskID
 
@@ -364,7 +366,7 @@ def watch(targets: Targets) -> None:
     state, console = _state(catalog), _console()
     here, sandbox = _local_stack(None), _sandbox(SandboxName.LOCAL)
 
-    def again(changed: "list[Lab] | tuple[Lab, ...]") -> None:
+    def again(changed: "Sequence[Lab]") -> None:
         started = time.monotonic()
         report = grade_labs(catalog, changed, sandbox, stack=here, cache=_cache(catalog))
         _remember(state, report)
@@ -378,8 +380,7 @@ def watch(targets: Targets) -> None:
         )
 
     try:
-        again(labs)
-        on_save(labs, lambda changed: again(tuple(changed)))
+        on_save(labs, again)
     except KeyboardInterrupt:
         pass
     finally:

@@ -19,7 +19,7 @@ STYLES = {
     Status.ERROR: "bold red",
     Status.TIMEOUT: "bold red",
 }
-FAILURES_SHOWN = 5
+FAILURES_SHOWN = 3
 
 
 def words(status: Status) -> str:
@@ -105,7 +105,7 @@ def details(lab: LabReport) -> list[RenderableType]:
             Group(
                 Text.assemble(
                     ("\n  Looks like: ", "bold yellow"),
-                    lab.diagnosis.misconception.replace("_", " "),
+                    lab.diagnosis.misconception,
                     f" ({lab.diagnosis.likeness:.0%} alike)",
                 ),
                 Padding(Text(lab.diagnosis.hint), (0, 0, 0, 4)),

@@ -43,7 +43,7 @@ class WarmParent:
         """Import `preload`, say `ready`, and run jobs until `jobs` ends."""
         reaper.adopt_orphans()
         _sweep_left_overs()
-        _import(("shared.plugin", *preload))
+        _import(("shared.plugin", "_pytest.pytester", *preload))  # what the course's conftest.py loads
         self._send(event="ready", pid=os.getpid())
         while (received := receive_job(self._jobs)) is not None:
             job, tar = received

@@ -57,6 +57,16 @@ def test_softmax_list_survives_scores_far_from_zero(offset):
     assert_close(weights, expected, atol=1e-9, hint="a shift of all scores must not change the weights")
 
 
+@pytest.mark.parametrize("scores", [[0.0, -2000.0, 1.0], [700.0, 710.0, -5000.0], [-2000.0, 3.0]])
+def test_softmax_list_survives_scores_far_from_each_other(scores):
+    try:
+        weights = softmax_list(scores)
+    except (OverflowError, ZeroDivisionError) as error:
+        pytest.fail(f"{error}: subtract the largest score, not the largest in size", pytrace=False)
+    expected = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
+    assert_close(weights, expected, atol=1e-12, hint="which score must be subtracted from all?")
+
+
 def test_softmax_list_returns_python_floats_and_leaves_its_input_alone():
     scores = [1.0, 3.0, 2.0]
     weights = softmax_list(scores)
@@ -108,12 +118,15 @@ def test_softmax_goes_along_the_last_axis_by_default(rng):
 
 
 def test_softmax_of_large_scores_does_not_overflow():
-    x = np.array([[1e4, 1e4 - 1.0, -1e4], [-1e4, -1e4, -1e4]])
+    x = np.array([[1e4, 1e4 - 1.0, -1e4], [-1e4, -1e4, -1e4], [-1.0, -3e3, -2.0]])
     with np.errstate(over="ignore", invalid="ignore"):
         weights = softmax(x)
     p = 1 / (1 + math.exp(-1))
     assert_close(
-        weights, np.array([[p, 1 - p, 0.0], [1 / 3] * 3]), atol=1e-12, hint="subtract the maximum before exp"
+        weights,
+        np.array([[p, 1 - p, 0.0], [1 / 3] * 3, [p, 0.0, 1 - p]]),
+        atol=1e-12,
+        hint="subtract the maximum before exp",
     )
 
 
@@ -291,6 +304,20 @@ def test_extreme_logits_give_finite_correct_weights(rng, magnitude):
             weights, expected[1], atol=1e-9, name="weights", hint="subtract each row's maximum before exp"
         )
         assert_close(output, expected[0], atol=1e-9, name="output")
+
+
+def test_queries_with_very_different_scores_do_not_disturb_each_other(rng):
+    Q, K, V = qkv(rng, (2,), 4, 5, 3, 6)
+    # Scores of query t lie about 5000 * t from zero, with differences of order 1 between keys.
+    Q[..., 0] = 5000.0 * np.arange(-1, 3)
+    K[..., 0] = 1.0
+    for mask in (None, readable_mask(rng, 2, 4, 5)):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            output, weights = scaled_dot_product_attention(Q, K, V, mask)
+        expected = oracle(Q, K, V, mask)
+        hint = "each query needs the maximum of its own scores"
+        assert_close(weights, expected[1], atol=1e-9, name="weights", hint=hint)
+        assert_close(output, expected[0], atol=1e-9, name="output", hint=hint)
 
 
 def test_hidden_keys_stay_hidden_when_visible_scores_are_very_low():
