@@ -502,7 +502,7 @@ def doctor(
     from grader.terminal_doctor import print_findings
 
     catalog = _catalog()
-    findings = examine(catalog.root)
+    findings = examine(catalog.root, catalog)
     if as_json:
         print(findings.model_dump_json(indent=2))
         return
@@ -618,17 +618,19 @@ class _CheckProgress:
 @app.command()
 def syllabus(
     write: Annotated[bool, typer.Option("--write", help="write SYLLABUS.md")] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit 1 if SYLLABUS.md is out of date")] = False,
 ) -> None:
-    """Print SYLLABUS.md as the catalogue gives it, or write it; exit 1 if the file is out of date."""
+    """Print the syllabus as the catalogue gives it, write SYLLABUS.md, or check it."""
     from grader import syllabus as pages
 
     catalog = _catalog()
     if write:
         pages.write(catalog.root)
-        return
-    if pages.is_stale(catalog.root):
-        _fail("SYLLABUS.md is out of date: run `topeka syllabus --write`", FAILED)
-    print((catalog.root / "SYLLABUS.md").read_text(encoding="utf-8"), end="")
+    elif check:
+        if pages.is_stale(catalog.root):
+            _fail("SYLLABUS.md is out of date: run `topeka syllabus --write`", FAILED)
+    else:
+        print(pages.render(catalog), end="")
 
 
 if __name__ == "__main__":

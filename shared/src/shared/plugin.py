@@ -4,26 +4,35 @@ It is ordinary pytest. Tests of a lab say `from attention import softmax`; which
 `attention.py` that is, `--code` decides (`shared.code_under_test`).
 """
 
+import dis
 import random
 import sys
+import traceback
+import unittest
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
 
 from shared.code_under_test import CannotImport, CodeUnderTest, explain, locate_code, relative
-from shared.course import find_lab
-from shared.forbid import Forbidden
+from shared.course import LabFolder, find_lab
 from shared.timing import PairedTiming, time_pairs
+
+if TYPE_CHECKING:
+    from shared.forbid import Forbidden  # imports torch, which not every run needs
 
 NOT_VERIFIED_HERE = "not verified here"
 
 _LABS = pytest.StashKey[dict[Path, CodeUnderTest | None]]()
-_FORBIDDEN = pytest.StashKey[Forbidden]()
+_FORBIDDEN = pytest.StashKey["Forbidden"]()
+
+# What a test says to pytest, and code under test must not say in its place.
+_VERDICTS = (pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception, unittest.SkipTest)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +76,7 @@ def _code_of(node: pytest.Item | pytest.Collector) -> CodeUnderTest | None:
     known = node.config.stash[_LABS]
     folder = node.path if node.path.is_dir() else node.path.parent
     if folder not in known:
-        lab = find_lab(folder)
+        lab = _lab_of(folder)
         if lab is None:
             known[folder] = None
         else:
@@ -78,36 +87,81 @@ def _code_of(node: pytest.Item | pytest.Collector) -> CodeUnderTest | None:
     return known[folder]
 
 
+def _lab_of(folder: Path) -> LabFolder | None:
+    try:
+        return find_lab(folder)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_plugin_registered(plugin: object) -> None:
+    """Refuse a lab's conftest.py that imported a namesake of the code under test.
+
+    pytest may read it before it knows what to collect, so at its top level the lab's names
+    do not mean the code under test yet.
+    """
+    if not isinstance(plugin, ModuleType) or Path(plugin.__file__ or "").name != "conftest.py":
+        return
+    lab = _lab_of(Path(plugin.__file__ or "").parent)
+    if lab is None:
+        return
+    for value in vars(plugin).values():
+        origin = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if origin in lab.module_names:
+            raise pytest.UsageError(
+                f"{relative(Path(plugin.__file__ or ''))} imports `{origin}` at its top level, where that is "
+                f"not the code under test of {lab.id} yet: import it inside the fixtures"
+            )
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
-    code = _code_of(collector) if isinstance(collector, pytest.Module) else None
+    code = _code_of(collector) if isinstance(collector, pytest.File | pytest.Class) else None
     if code is None:
         return (yield)
     with code.active():
         report = yield
+        strangers = code.strangers()
     call = report.__dict__.get("call")
-    if report.failed and call is not None and call.excinfo is not None:
-        message = _import_message(call.excinfo.value, code)
-        if message:
-            report.longrepr = message
-            report.code_under_test_failed = True
-    elif strangers := code.strangers():
+    message = None
+    if call is not None and call.excinfo is not None:
+        message = _why_not_started(call.excinfo.value, code)
+    elif strangers:
+        message = "\n".join(strangers)
+    if message is not None:
         report.outcome = "failed"
-        report.longrepr = "\n".join(strangers)
+        report.longrepr = message
+        report.result = []
+        report.code_under_test_failed = True
     return report
 
 
-def _import_message(error: BaseException | None, code: CodeUnderTest) -> str | None:
+def _why_not_started(error: BaseException | None, code: CodeUnderTest) -> str | None:
+    """Return what kept a test file from being imported if that is the code under test, else None."""
     while error is not None:
         if isinstance(error, CannotImport):
             return f"{error}\nThe tests of {code.lab.id} cannot start until this is mended."
-        if isinstance(error, ImportError) and error.name in code.lab.module_names:
+        if module := _lacking_module(error, code):
             return (
-                f"{relative(code.folder / f'{error.name}.py')}: {error}\n"
+                f"{relative(code.folder / code.lab.module_files[module])}: {error}\n"
                 f"The tests of {code.lab.id} need every name of the skeleton. `topeka reset {code.lab.id}` "
                 "brings the skeleton back (and keeps a copy of your file)."
             )
+        if code.took_part_in(error):
+            return (
+                f"{explain(error, code.folder)}\n"
+                f"The tests of {code.lab.id} cannot start until this is mended."
+            )
         error = error.__cause__
+    return None
+
+
+def _lacking_module(error: BaseException, code: CodeUnderTest) -> str | None:
+    """Return the name of the lab's module that lacks a name a test wants (`from m import x`, `m.x`)."""
+    if isinstance(error, ImportError) and error.name in code.lab.module_names:
+        return error.name
+    if isinstance(error, AttributeError):
+        return next((name for name, module in code.modules.items() if error.obj is module), None)
     return None
 
 
@@ -121,18 +175,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    yield
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    __tracebackhide__ = True
+    code = _code_of(item)
+    try:
+        result = yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        _fail_if_forbidden(item)  # the reason, where the error is what came of it
+        if code is not None and isinstance(error, _VERDICTS) and code.took_part_in(error):
+            pytest.fail(f"the code under test ended the test with {error!r}", pytrace=False)
+        raise
+    _fail_if_forbidden(item)
+    if code is not None and (strangers := code.strangers()):
+        pytest.fail("\n".join(strangers), pytrace=False)
+    return result
+
+
+def _fail_if_forbidden(item: pytest.Item) -> None:
+    __tracebackhide__ = True
     forbidden = item.stash.get(_FORBIDDEN, None)
     if forbidden and forbidden.violations:
         pytest.fail(forbidden.violations[0], pytrace=False)
-    code = _code_of(item)
-    if code is not None:
-        for name, module in code._modules.items():
-            if sys.modules.get(name) is not module:
-                pytest.fail(
-                    f"the tests ran against another `{name}` than {relative(code.folder)}", pytrace=False
-                )
 
 
 # --- what can run here -------------------------------------------------------------------
@@ -143,6 +208,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("slow: runs with --slow")
     wanted = 1 if item.get_closest_marker("gpu") else 0
     if mark := item.get_closest_marker("multi_gpu"):
+        if len(mark.args) != 1 or mark.kwargs:
+            pytest.fail("multi_gpu needs the number of GPUs: @pytest.mark.multi_gpu(2)", pytrace=False)
         wanted = max(wanted, mark.args[0])
     if wanted:
         import torch
@@ -185,28 +252,49 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if error is not None and code is not None and report.failed:
         report.not_written = _is_not_written(error, code)
         report.brief = _brief(error, code)
+        if isinstance(error, CannotImport):  # by an import inside a test or a fixture
+            report.longrepr = report.brief
     return report
 
 
 def _is_not_written(error: BaseException, code: CodeUnderTest) -> bool:
-    """Whether `error` is the skeleton's `raise NotImplementedError`."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return (
-        isinstance(error, NotImplementedError)
-        and frame is not None
-        and code.owns(frame.tb_frame.f_code.co_filename)
-    )
+    """Whether `error` is the skeleton's `raise NotImplementedError`.
+
+    An error raised below by a function written in C, such as one of torch's, ends in the
+    same frame; but there the instruction is a call.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if not isinstance(error, NotImplementedError) or last is None or not code.owns_frame(last.tb_frame):
+        return False
+    return last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _brief(error: BaseException, code: CodeUnderTest) -> str:
     """The failure in a few lines, without the frames of pytest, the tests or the libraries."""
     if _is_not_written(error, code):
-        return f"not written yet: {error}"
-    if isinstance(error, AssertionError | pytest.fail.Exception):
-        return str(error) or "the assertion failed"
+        return f"not written yet: {_words(error)}"
+    if isinstance(error, CannotImport):
+        return _words(error)
+    if isinstance(error, pytest.fail.Exception):
+        return _words(error) or "the test failed"
+    if isinstance(error, AssertionError) and not _ends_in(error, code):
+        # Hypothesis keeps the falsifying example in the notes.
+        return "\n".join([_words(error) or "the assertion failed", *getattr(error, "__notes__", ())])
     return explain(error, code.folder)
+
+
+def _ends_in(error: BaseException, code: CodeUnderTest) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and code.owns_frame(frames[-1][0])
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as inner:  # an exception class of the code under test with a broken __str__
+        return f"{type(error).__name__}, whose message raises {type(inner).__name__}"
 
 
 # --- fixtures ----------------------------------------------------------------------------
@@ -218,14 +306,17 @@ def _seeded(request: pytest.FixtureRequest) -> None:
     seed = _seed_of(request)
     random.seed(seed)
     np.random.seed(seed)
-    import torch
+    # Tests of a lab may import torch when they run; other tests need not wait for it.
+    if "torch" in sys.modules or _code_of(request.node) is not None:
+        import torch
 
-    torch.manual_seed(seed)
+        torch.manual_seed(seed)
 
 
 def _seed_of(request: pytest.FixtureRequest) -> int:
     # The name below the lab's folder: the same from the root, from inside the lab and in a sandbox.
-    name = request.node.nodeid.rsplit("/", 1)[-1]
+    file, separator, test = request.node.nodeid.partition("::")
+    name = file.rsplit("/", 1)[-1] + separator + test
     return (zlib.crc32(name.encode()) + int(request.config.getoption("--seed"))) % 2**32
 
 
@@ -258,12 +349,14 @@ def device() -> str:
 
 
 @pytest.fixture
-def forbid(request: pytest.FixtureRequest) -> Iterator[Forbidden]:
+def forbid(request: pytest.FixtureRequest) -> "Iterator[Forbidden]":
     """`forbid(*targets, why="")`: the test fails if the code under test calls one of them."""
+    from shared.forbid import Forbidden
+
     code = _code_of(request.node)
     if code is None:
         raise pytest.UsageError("forbid is for tests of a lab: no chapter.toml lists this folder")
-    forbidden = request.node.stash[_FORBIDDEN] = Forbidden(code)
+    forbidden = request.node.stash[_FORBIDDEN] = Forbidden(code, getattr(request, "module", None))
     yield forbidden
     forbidden.close()
 
@@ -300,6 +393,8 @@ def milestone(request: pytest.FixtureRequest) -> Callable[..., None]:
         name: str, value: float, target: float, unit: str, better: Literal["higher", "lower"] = "higher"
     ) -> None:
         __tracebackhide__ = True
+        if better not in ("higher", "lower"):
+            raise ValueError(f'better must be "higher" or "lower", not {better!r}')
         result = Milestone(name, float(value), float(target), unit, better)
         request.node.user_properties.append(("milestone", asdict(result)))
         bound = "at least" if better == "higher" else "at most"

@@ -2,10 +2,15 @@
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+# Bound here, before any code under test could replace it in the module `time`.
+from time import perf_counter
 from typing import Any
+
+# A reading below the clock's resolution counts as one tick, so that a ratio always exists.
+_TICK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class PairedTiming:
     @property
     def ratio(self) -> float:
         """How many times faster the second is: the median of the pairs' ratios."""
-        return statistics.median(s / f for s, f in zip(self.slow, self.fast, strict=True))
+        return statistics.median(s / max(f, _TICK) for s, f in zip(self.slow, self.fast, strict=True))
 
 
 def time_pairs(
@@ -33,25 +38,29 @@ def time_pairs(
     pairs: int = 7,
     warmup: int = 1,
     synchronize: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> PairedTiming:
     """Run `slow` and `fast` in turn, A B B A A B ..., and return the seconds of each call.
 
     Args:
         slow: the baseline.
         fast: what should be faster.
-        pairs: how many times each runs and counts.
+        pairs: how many times each runs and counts, at least 1.
         warmup: how many times each runs first without counting.
         synchronize: called before each reading of the clock (`torch.cuda.synchronize` on a GPU).
+        clock: returns the time in seconds.
     """
+    if pairs < 1:
+        raise ValueError(f"pairs must be at least 1, not {pairs}")
 
     def seconds(function: Callable[[], Any]) -> float:
         if synchronize:
             synchronize()
-        start = time.perf_counter()
+        start = clock()
         function()
         if synchronize:
             synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
     for _ in range(warmup):
         slow(), fast()
