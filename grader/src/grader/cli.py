@@ -530,7 +530,10 @@ def lab(
         console.print(f"Chapter {chapter.number}: {chapter.title}", style="bold", markup=False)
         console.print(f"Milestone: {chapter.milestone.claim}\n", markup=False, soft_wrap=True)
         console.print(lab_table(catalog, [chapter], _statuses(state)), soft_wrap=not console.is_terminal)
-        _say_what_can_be_verified(console, chapter.stack)
+        if all(lab.planned for lab in chapter.labs):
+            console.print("\nNo lab of this chapter is written yet.")
+        else:
+            _say_what_can_be_verified(console, chapter.stack)
     if not no_serve:
         from grader import notebook_server
 

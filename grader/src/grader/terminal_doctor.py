@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grader.doctor import Findings, State, StackReadiness
+from grader.doctor import Findings, StackReadiness, State
 
 _SIGNS: dict[State, tuple[str, str]] = {
     "ok": ("ok", "green"),

@@ -99,7 +99,7 @@ def run(job: Job, work: Path, descriptor: int) -> int:
     sys.argv = ["pytest"]
     lab = f"labs/{job.folder}/"
     arguments = [
-        f"{lab}tests",
+        *(f"{lab}{name}" for name in job.tests or ("tests",)),
         "--code=src",
         f"--rootdir={work}",
         f"--basetemp={temporary / 'pytest'}",

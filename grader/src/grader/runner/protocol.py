@@ -67,6 +67,7 @@ class Job:
         preload: modules to import before forking.
         slow: whether tests marked slow run too.
         seed: shifts the random inputs of every test.
+        tests: names of the only tests to run, below the lab's folder; empty for all.
         limits: what the job may use.
     """
 
@@ -76,6 +77,7 @@ class Job:
     preload: tuple[str, ...] = ("torch",)
     slow: bool = False
     seed: int = 0
+    tests: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
 
@@ -99,7 +101,7 @@ def receive_job(stream: IO[bytes]) -> tuple[Job, bytes] | None:
     try:
         header = json.loads(line)
         values = header["job"]
-        values["preload"] = tuple(values["preload"])
+        values["preload"], values["tests"] = tuple(values["preload"]), tuple(values["tests"])
         values["limits"] = Limits(**values["limits"])
         job, size = Job(**values), int(header["tar_bytes"])
     except (ValueError, KeyError, TypeError) as error:

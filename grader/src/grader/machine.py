@@ -1,0 +1,234 @@
+"""What a report says about the machine it ran on: hardware and the versions that matter.
+
+Never imports torch: everything comes from the system, from NVML and from packages' metadata, in a few
+milliseconds.
+"""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+LIBRARIES = ("torch", "triton", "numpy", "transformers", "pytest", "jax", "flash-linear-attention", "vllm")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Gpu(_Frozen):
+    """One NVIDIA GPU.
+
+    Attributes:
+        index: the driver's number, which is not torch's where CUDA_VISIBLE_DEVICES hides or sorts.
+        name: such as `NVIDIA H200`.
+        memory_bytes: None where the GPU has no memory of its own.
+        driver: the driver's version.
+        cuda: the highest CUDA version the driver supports, such as `13.0`.
+    """
+
+    index: int
+    name: str
+    memory_bytes: int | None
+    driver: str
+    cuda: str
+
+
+class Machine(_Frozen):
+    """A machine, as far as results depend on it.
+
+    Attributes:
+        system: operating system and kernel.
+        cpu_model: the processor's name.
+        cores: this process may use: affinity and the cgroup's CPU quota, rounded up.
+        memory_bytes: this process may use: the machine's, or the cgroup's limit if that is lower.
+        python: version.
+        gpus: this process may use.
+        gpu_note: why there are no GPUs, or why some are left out; empty otherwise.
+        libraries: versions by package name, of those installed; torch's shows its build, `2.13.0+cpu`.
+    """
+
+    system: str
+    cpu_model: str
+    cores: int
+    memory_bytes: int
+    python: str
+    gpus: tuple[Gpu, ...] = ()
+    gpu_note: str = ""
+    libraries: dict[str, str] = {}
+
+
+def describe() -> Machine:
+    """Return this machine as this process sees it now."""
+    system = os.uname()  # platform.platform() would start a process
+    gpus, note = _gpus()
+    limit_bytes, limit_cores = cgroup_limits()
+    memory, cores = psutil.virtual_memory().total, _cores()
+    return Machine(
+        system=f"{system.sysname} {system.release} {system.machine}",
+        cpu_model=_cpu_model(),
+        cores=max(1, min(cores, math.ceil(limit_cores))) if limit_cores else cores,
+        memory_bytes=min(memory, limit_bytes) if limit_bytes else memory,
+        python=platform.python_version(),
+        gpus=gpus,
+        gpu_note=note,
+        libraries=_libraries(),
+    )
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+# --- cgroups -------------------------------------------------------------------------------------
+
+
+def cgroup_limits(
+    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> tuple[int | None, float | None]:
+    """Return the lowest limits that hold for a process, versions 1 and 2 of cgroups.
+
+    Args:
+        membership: the process's groups, one a line: `0::/path` or `4:memory:/path`.
+        mount: where the hierarchies are mounted.
+
+    Returns:
+        Memory in bytes and CPU in cores, None where there is no limit.
+    """
+    memory: list[float] = []
+    cores: list[float] = []
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None, None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # A hybrid system mounts version 2 below `unified`, without the controllers version 1 has.
+        names = controllers.split(",") if controllers else [""]
+        for folder in _with_parents(mount, names, path):
+            if not controllers:
+                memory += _numbers(folder / "memory.max")
+                if len(quota := _numbers(folder / "cpu.max")) == 2:
+                    cores.append(quota[0] / quota[1])
+            if "memory" in names:
+                memory += _numbers(folder / "memory.limit_in_bytes")
+            if "cpu" in names:
+                quota = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+                if len(quota) == 2:
+                    cores.append(quota[0] / quota[1])
+    # Version 1 says "no limit" with a number close to 2**63.
+    memory = [limit for limit in memory if limit < 2**60]
+    return int(min(memory)) if memory else None, min(cores, default=None)
+
+
+def _with_parents(mount: Path, names: list[str], path: str) -> list[Path]:
+    """Return the folders of a group and its parents; in a container the group may be the mount itself."""
+    parts = PurePosixPath(path.lstrip("/"))
+    below = [parts, *parts.parents]
+    return [mount / name / part for name in names for part in below]
+
+
+def _numbers(file: Path) -> list[float]:
+    """Return the positive numbers in a file; none if it says `max` or `-1` or is not there."""
+    try:
+        words = file.read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+    return [float(word) for word in words if word.isdecimal()] if "max" not in words else []
+
+
+# --- GPUs ----------------------------------------------------------------------------------------
+
+
+def _gpus() -> tuple[tuple[Gpu, ...], str]:
+    """Return the GPUs this process may use, and why there are none or fewer than the driver knows."""
+    try:
+        import pynvml
+    except ImportError:
+        return (), "nvidia-ml-py is not installed, so no NVIDIA GPU can be seen"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+            return (), "no NVIDIA driver is installed"
+        return (), f"the NVIDIA driver does not answer: {error}"
+    found: list[tuple[Gpu, str]] = []
+    broken: list[str] = []
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()  # 13000 is 13.0
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                gpu = Gpu(
+                    index=index,
+                    name=pynvml.nvmlDeviceGetName(handle),
+                    memory_bytes=_gpu_memory(handle),
+                    driver=driver,
+                    cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+                )
+                found.append((gpu, pynvml.nvmlDeviceGetUUID(handle)))
+            except pynvml.NVMLError as error:
+                broken.append(f"GPU {index} does not answer: {error}")
+    except pynvml.NVMLError as error:
+        return (), f"the NVIDIA driver does not answer: {error}"
+    finally:
+        pynvml.nvmlShutdown()
+    if not found and not broken:
+        return (), "an NVIDIA driver is installed, but it has no GPU"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = tuple(gpu for gpu, uuid in found if visible is None or _is_visible(gpu.index, uuid, visible))
+    if len(shown) < len(found):
+        broken.append(f"CUDA_VISIBLE_DEVICES={visible} shows {len(shown)} of {len(found)} GPUs")
+    return shown, "; ".join(broken)
+
+
+def _gpu_memory(handle: object) -> int | None:
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError_NotSupported:
+        return None
+
+
+def _is_visible(index: int, uuid: str, visible: str) -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES shows a GPU: numbers or beginnings of UUIDs, to the first invalid."""
+    wanted = []
+    for word in (word.strip() for word in visible.split(",")):
+        if not (word.isdecimal() or word.startswith(("GPU-", "MIG-"))):
+            break
+        wanted.append(word)
+    return any(index == int(w) if w.isdecimal() else uuid.startswith(w) for w in wanted)
