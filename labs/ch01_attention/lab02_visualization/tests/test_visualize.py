@@ -30,7 +30,8 @@ from visualize import (
 @pytest.fixture(autouse=True)
 def _headless():
     matplotlib.use("Agg")
-    yield
+    with matplotlib.rc_context():  # a setting that one test's code changes must not reach the next test
+        yield
     plt.close("all")
 
 
@@ -309,8 +310,9 @@ def test_heatmap_refuses_tokens_that_do_not_fit_the_weights(rng, t_q, t_k, keys)
     )
 
 
-def test_heatmap_takes_strided_float32_and_does_not_modify_it(rng):
-    wide = np.repeat(np.repeat(random_weights(rng, 3, 5).astype(np.float32), 2, 0), 3, 1)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_heatmap_takes_strided_weights_and_does_not_modify_them(rng, dtype):
+    wide = np.repeat(np.repeat(random_weights(rng, 3, 5).astype(dtype), 2, 0), 3, 1)
     before, queries, keys = wide.copy(), list(QUERIES), list(KEYS)
     ax = plot_attention(wide[::2, ::3], queries, keys)
     cells = in_label_order(ax, QUERIES)
@@ -932,6 +934,14 @@ def test_classify_takes_the_last_positions_as_queries():
     kind_of(looks_at(6, 7, 8, t_k=10), text, "previous-token", "queries 7, 8, 9 look at 6, 7, 8")
     kind_of(looks_at(4, 5, 6, t_k=10), "abcdxyzwvu", "other", "queries 7, 8, 9 look at 4, 5, 6")
     kind_of(looks_at(4, 1, 2, t_k=10), "abcdefgdab", "induction", "d was at 3, a at 0, b at 1")
+
+
+def test_classify_judges_late_queries_by_all_the_keys_they_see():
+    # Four queries that see 9 to 12 keys and share their weight among three: 0.47 of the largest entropy.
+    weights = np.zeros((4, 12))
+    weights[:, [0, 2, 4]] = 1 / 3
+    kind_of(weights, "abcdefghijkl", "other", "the entropies add up to 4 ln 3, of at most ln 9 + ... + ln 12")
+    kind_of(uniform(4, 12), "abcdefghijkl", "diffuse", "the same queries with equal weights on all keys")
 
 
 def test_classify_needs_half_of_the_weight_on_the_previous_token():

@@ -705,13 +705,19 @@ def test_inputs_are_not_modified(randn, rng):
 
 
 def test_a_call_leaves_no_trace_on_the_next(randn, rng):
-    state, x, longer = draw_state(randn, 12), randn(2, 5, 12), randn(3, 7, 12)
+    state, other = draw_state(randn, 12), draw_state(randn, 12)
+    x, first, second = randn(2, 5, 12), randn(2, 5, 12), randn(2, 5, 12)
     module = build(state, 3)
-    module(x, longer[:2], random_mask(rng, 5, 7))
-    module(longer)
+    module(x, first, random_mask(rng, 5, 5))
     build(draw_state(randn, 8, 5), 4)
     hint = "the module remembers an earlier mask, context or length, or shares something with another module"
+    assert_both_close(module(x, second), loop_over_heads(state, 3, x, second), hint)
     assert_both_close(module(x), loop_over_heads(state, 3, x), hint)
+    longer = randn(3, 7, 12)
+    assert_both_close(module(longer), loop_over_heads(state, 3, longer), hint)
+    module.load_state_dict(other)
+    hint = "the module still works with parameters it had before: read them in every call"
+    assert_both_close(module(x, first), loop_over_heads(other, 3, x, first), hint)
 
 
 # --- forbidden -----------------------------------------------------------------------------

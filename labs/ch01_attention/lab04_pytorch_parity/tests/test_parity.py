@@ -130,7 +130,7 @@ def assert_same(ours, theirs, *, atol=1e-12, hint=""):
 # --- split_packed -----------------------------------------------------------------------------
 
 
-def test_packed_weight_holds_query_then_key_then_value(randn):
+def test_split_weight_is_query_then_key_then_value(randn):
     packed = randn(18, 6)
     (W_q, W_k, W_v), _ = split_packed(packed, None, 6)
     for name, part, rows in (("W_q", W_q, range(6)), ("W_k", W_k, range(6, 12)), ("W_v", W_v, range(12, 18))):
@@ -138,14 +138,14 @@ def test_packed_weight_holds_query_then_key_then_value(randn):
         assert_close(part, expected, atol=0, name=name, hint="the rows of q come first, then k, then v")
 
 
-def test_packed_bias_holds_query_then_key_then_value():
+def test_split_bias_is_query_then_key_then_value():
     _, (b_q, b_k, b_v) = split_packed(None, torch.arange(1.0, 16.0), 5)
     for name, part, start in (("b_q", b_q, 1), ("b_k", b_k, 6), ("b_v", b_v, 11)):
         expected = torch.arange(start, start + 5.0)
         assert_close(part, expected, atol=0, name=name, hint="the bias has the order of the weight: q, k, v")
 
 
-def test_what_is_not_there_splits_into_none(randn):
+def test_split_of_nothing_is_none(randn):
     weight, bias = randn(12, 4), randn(12)
     (_, W_k, _), biases = split_packed(weight, None, 4)
     assert_close(W_k, weight[4:8], atol=0, name="W_k")
@@ -155,7 +155,7 @@ def test_what_is_not_there_splits_into_none(randn):
     assert tuple(weights) == (None, None, None), "without in_proj_weight all three weights are None"
 
 
-def test_gradients_of_the_parts_reach_the_packed_parameters(randn):
+def test_split_parts_pass_their_gradients_on(randn):
     weight, bias = randn(12, 4).requires_grad_(), randn(12).requires_grad_()
     (W_q, W_k, W_v), (b_q, b_k, b_v) = split_packed(weight, bias, 4)
     loss = 2 * W_q.sum() + 3 * W_k.sum() + 5 * W_v.sum() + 7 * b_q.sum() + 11 * b_k.sum() + 13 * b_v.sum()
@@ -199,7 +199,7 @@ def merged_slowly(attn_mask, key_padding_mask, batch=B, heads=H, t_q=T_Q, t_k=T_
     return out
 
 
-def test_true_in_a_mask_hides_a_key():
+def test_merge_hides_where_a_mask_is_true():
     visible, hidden = 0.0, -math.inf
     result = merged(torch.tensor([[False, True, False], [True, False, False]]), None, 1, 1, 2, 3)
     expected = torch.tensor([[visible, hidden, visible], [hidden, visible, visible]]).double()[None, None]
@@ -210,7 +210,7 @@ def test_true_in_a_mask_hides_a_key():
 
 
 @pytest.mark.parametrize(("attn", "padding"), MASKS[1:], ids=MASK_IDS[1:])
-def test_merged_mask_is_the_sum_of_both_masks(rng, attn, padding):
+def test_merge_adds_both_masks_up(rng, attn, padding):
     masks = make_masks(rng, attn, padding)
     assert_close(
         merged(*masks),
@@ -221,7 +221,7 @@ def test_merged_mask_is_the_sum_of_both_masks(rng, attn, padding):
     )
 
 
-def test_masks_that_hide_nothing_add_nothing():
+def test_merge_of_masks_that_hide_nothing_is_zero():
     masks = torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
     for given in (masks, (masks[0], None), (None, masks[1])):
         result = merged(*given, 2, 3, 4, 5)
@@ -230,7 +230,7 @@ def test_masks_that_hide_nothing_add_nothing():
 
 
 @pytest.mark.parametrize("hiding", ["attn_mask", "key_padding_mask"])
-def test_one_mask_hides_although_the_other_does_not(hiding):
+def test_merge_hides_where_either_mask_hides(hiding):
     attn_mask, padding = torch.zeros(4, 5, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
     (attn_mask if hiding == "attn_mask" else padding)[1, 3] = True
     expected = merged_slowly(attn_mask, padding, 2, 3, 4, 5)
@@ -238,13 +238,13 @@ def test_one_mask_hides_although_the_other_does_not(hiding):
     assert_close(merged(attn_mask, padding, 2, 3, 4, 5), expected, atol=0, name="merged mask", hint=hint)
 
 
-def test_no_masks_merge_into_none(rng):
+def test_merge_of_no_masks_is_none(rng):
     assert merge_masks(None, None, B, H, torch.float64) is None
     masks = make_masks(rng, "bool2d", "none")
     assert_close(merged(*masks), merged_slowly(*masks), atol=0, name="merged mask")
 
 
-def test_row_b_times_h_plus_h_of_a_3d_mask_belongs_to_head_h_of_sample_b():
+def test_merge_gives_row_b_times_h_plus_h_to_head_h_of_sample_b():
     attn_mask = torch.arange(6.0).double()[:, None, None].expand(6, 4, 5)  # row r is r everywhere
     result = merged(attn_mask, None, 2, 3, 4, 5)[:, :, 0, 0]
     expected = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]).double()
@@ -253,7 +253,7 @@ def test_row_b_times_h_plus_h_of_a_3d_mask_belongs_to_head_h_of_sample_b():
     )
 
 
-def test_key_padding_belongs_to_a_sample_and_a_key(rng):
+def test_merge_puts_key_padding_on_samples_and_keys(rng):
     # As many queries as keys as samples, so that every axis could be mistaken for every other.
     padding = torch.tensor([[0, 0, 1], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
     expected = merged_slowly(None, padding, 3, 3, 3, 3)
@@ -263,7 +263,7 @@ def test_key_padding_belongs_to_a_sample_and_a_key(rng):
     )
 
 
-def test_finite_numbers_in_a_mask_are_added_and_hide_nothing():
+def test_merge_hides_nothing_by_finite_numbers():
     numbers = [-1e9, -1e4, -1.0, 0.0, 1.0, 3.5, 1e4]
     result = merged(torch.tensor([numbers]).double(), torch.zeros(1, 7).double(), 1, 1, 1, 7)
     expected = torch.tensor([[[numbers]]]).double()
@@ -273,7 +273,7 @@ def test_finite_numbers_in_a_mask_are_added_and_hide_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_merged_mask_has_the_dtype_asked_for(rng, dtype):
+def test_merge_returns_the_dtype_asked_for(rng, dtype):
     for attn, padding in (("bool2d", "none"), ("none", "bool"), ("float3d", "bool"), ("bool2d", "float")):
         masks = make_masks(rng, attn, padding, dtype=torch.float64)
         result = merged(*masks, dtype=dtype)
@@ -282,7 +282,7 @@ def test_merged_mask_has_the_dtype_asked_for(rng, dtype):
 
 
 @pytest.mark.parametrize(("attn", "padding"), [("float2d", "float"), ("bool3d", "bool"), ("float3d", "bool")])
-def test_merging_does_not_modify_the_masks(rng, attn, padding):
+def test_merge_does_not_modify_the_masks(rng, attn, padding):
     masks = make_masks(rng, attn, padding)
     before = [mask.clone() for mask in masks]
     assert_close(merged(*masks), merged_slowly(*before), atol=1e-15, name="merged mask")
@@ -290,7 +290,7 @@ def test_merging_does_not_modify_the_masks(rng, attn, padding):
         assert torch.equal(now, then), f"{name} was modified (+=, masked_fill_ ?)"
 
 
-def test_gradients_reach_both_floating_masks(randn):
+def test_merge_passes_gradients_to_both_floating_masks(randn):
     attn_mask, padding = randn(T_Q, T_K).requires_grad_(), randn(B, T_K).requires_grad_()
     g = randn(B, H, T_Q, T_K)
     loss = (merged(attn_mask, padding) * g).sum()
@@ -302,7 +302,7 @@ def test_gradients_reach_both_floating_masks(randn):
 
 @pytest.mark.parametrize("which", ["attn_mask", "key_padding_mask"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_masks_of_integers_are_refused(which, dtype):
+def test_merge_refuses_masks_of_integers(which, dtype):
     mask = torch.tensor([[0, 1, 0], [1, 0, 0]], dtype=dtype)
     arguments = (mask, None) if which == "attn_mask" else (None, mask)
     try:
@@ -323,13 +323,13 @@ def weights_oracle(q, k, mask=None):
     return F.scaled_dot_product_attention(q, k, eye, attn_mask=mask)
 
 
-def test_weights_without_a_mask_match_pytorch(randn):
+def test_attention_weights_match_pytorch_without_a_mask(randn):
     q, k = randn(B, H, T_Q, D), randn(B, H, T_K, D)
     hint = "softmax over the keys (the last axis) of q k^T / sqrt(D)"
     assert_close(attention_weights(q, k, None), weights_oracle(q, k), atol=1e-12, name="weights", hint=hint)
 
 
-def test_scores_are_scaled_by_the_square_root_of_the_head_dimension():
+def test_attention_weights_are_scaled_by_the_square_root_of_the_head_dimension():
     # q·k is 18 and 0 and D is 36, so the odds are exp(18 / 6) : 1.
     q, k = torch.full((1, 1, 1, 36), 0.5).double(), torch.stack([torch.ones(36), torch.zeros(36)]).double()
     p = 1 / (1 + math.exp(-3))
@@ -339,7 +339,7 @@ def test_scores_are_scaled_by_the_square_root_of_the_head_dimension():
     )
 
 
-def test_mask_is_added_to_the_scaled_scores(randn):
+def test_attention_weights_add_the_mask_to_the_scaled_scores(randn):
     q, k, mask = randn(B, H, T_Q, D), randn(B, H, T_K, D), randn(B, H, T_Q, T_K)
     hint = "scale first, add the mask as it is, then softmax"
     assert_close(
@@ -348,7 +348,7 @@ def test_mask_is_added_to_the_scaled_scores(randn):
 
 
 @pytest.mark.parametrize("shape", [(T_Q, T_K), (B, 1, 1, T_K), (B, H, T_Q, T_K)])
-def test_hidden_keys_get_no_weight_and_the_others_sum_to_one(rng, randn, shape):
+def test_attention_weights_hide_keys_before_the_softmax(rng, randn, shape):
     q, k = randn(B, H, T_Q, D), randn(B, H, T_K, D)
     hidden = rng.random(shape) < 0.5
     hidden[..., 0], hidden[..., -1] = False, True
@@ -366,7 +366,7 @@ def blind_mask():
     return mask
 
 
-def test_weights_of_a_query_that_sees_no_key_are_exactly_zero(randn):
+def test_attention_weights_of_a_blind_query_are_exactly_zero(randn):
     q, k, mask = randn(B, H, T_Q, D), randn(B, H, T_K, D), blind_mask()
     weights = attention_weights(q, k, mask)
     for row in (weights[0, 1, 2], weights[1, 2, 4]):
@@ -376,7 +376,7 @@ def test_weights_of_a_query_that_sees_no_key_are_exactly_zero(randn):
     assert_close(weights[seen], weights_oracle(q, k, mask)[seen], atol=1e-12, name="the other rows")
 
 
-def test_a_query_that_sees_no_key_leaves_no_nan_in_the_gradient(randn):
+def test_attention_weights_of_a_blind_query_leave_no_nan_in_the_gradient(randn):
     q, k, mask, g = randn(B, H, T_Q, D), randn(B, H, T_K, D), blind_mask(), randn(B, H, T_Q, T_K)
     blind = mask.isneginf().all(-1, keepdim=True)
 
@@ -393,7 +393,7 @@ def test_a_query_that_sees_no_key_leaves_no_nan_in_the_gradient(randn):
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
-def test_extreme_scores_do_not_overflow(randn, magnitude):
+def test_attention_weights_survive_extreme_scores(randn, magnitude):
     q, k = randn(B, H, T_Q, D), randn(B, H, T_K, D)
     q[..., 0], k[..., 0] = 2.0, magnitude + k[..., 0]
     mask = blind_mask()
@@ -404,14 +404,14 @@ def test_extreme_scores_do_not_overflow(randn, magnitude):
         )
 
 
-def test_a_row_of_very_negative_finite_numbers_is_not_hidden(randn):
+def test_attention_weights_are_not_hidden_by_finite_numbers(randn):
     q, k = randn(B, H, T_Q, D), randn(B, H, T_K, D)
     mask = torch.full((T_Q, T_K), -1e4).double()
     hint = "-1e4 everywhere is a shift, and softmax ignores shifts: only -inf hides"
     assert_close(attention_weights(q, k, mask), weights_oracle(q, k), atol=1e-9, name="weights", hint=hint)
 
 
-def test_weights_do_not_modify_their_inputs(randn):
+def test_attention_weights_do_not_modify_their_inputs(randn):
     inputs = [randn(B, H, T_Q, D), randn(B, H, T_K, D), blind_mask()]
     before = [x.clone() for x in inputs]
     weights = attention_weights(*inputs)
@@ -425,7 +425,7 @@ def test_weights_do_not_modify_their_inputs(randn):
 
 @WEIGHTS
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_projections_are_cut_into_heads(randn, sizes, bias):
+def test_project_cuts_the_projections_into_heads(randn, sizes, bias):
     module = oracle(randn, batch_first=True, bias=bias, **sizes)
     inputs = qkv(randn, module)
     separate = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
@@ -447,7 +447,7 @@ def test_projections_are_cut_into_heads(randn, sizes, bias):
 
 @WEIGHTS
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "seq_first"])
-def test_output_matches_pytorch_without_masks(randn, sizes, batch_first):
+def test_forward_matches_pytorch_without_masks(randn, sizes, batch_first):
     module = oracle(randn, batch_first=batch_first, **sizes)
     inputs = qkv(randn, module)
     hint = "no masks yet: heads side by side again, then out_proj; and check batch_first"
@@ -455,7 +455,7 @@ def test_output_matches_pytorch_without_masks(randn, sizes, batch_first):
 
 
 @pytest.mark.parametrize(("embed_dim", "num_heads"), [(12, 1), (12, 2), (10, 5), (9, 9), (21, 3)])
-def test_any_number_of_heads_matches_pytorch(randn, embed_dim, num_heads):
+def test_forward_matches_pytorch_with_any_number_of_heads(randn, embed_dim, num_heads):
     module = oracle(randn, embed_dim, num_heads)
     inputs = qkv(randn, module, batch=3)
     assert_same(run(twin(module), inputs), run(module, inputs))
@@ -463,7 +463,7 @@ def test_any_number_of_heads_matches_pytorch(randn, embed_dim, num_heads):
 
 @pytest.mark.parametrize("sizes", [{"kdim": 10}, {"vdim": 14}, {"kdim": 12, "vdim": 12}], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_sizes_of_key_and_value_match_pytorch(randn, sizes, bias):
+def test_forward_matches_pytorch_with_any_size_of_key_and_value(randn, sizes, bias):
     module = oracle(randn, bias=bias, **sizes)
     inputs = qkv(randn, module)
     upstream = {"output": randn(T_Q, B, E)}
@@ -472,7 +472,7 @@ def test_sizes_of_key_and_value_match_pytorch(randn, sizes, bias):
 
 
 @EVERY_MASK
-def test_output_and_weights_match_pytorch_with_every_mask(rng, randn, attn, padding):
+def test_forward_matches_pytorch_with_every_mask(rng, randn, attn, padding):
     module = oracle(randn, batch_first=True)
     inputs, masks = qkv(randn, module), make_masks(rng, attn, padding)
     for average in (True, False):
@@ -481,7 +481,7 @@ def test_output_and_weights_match_pytorch_with_every_mask(rng, randn, attn, padd
 
 
 @EVERY_MASK
-def test_gradients_match_pytorch_with_every_mask(rng, randn, attn, padding):
+def test_forward_gradients_match_pytorch_with_every_mask(rng, randn, attn, padding):
     module = oracle(randn, **SEPARATE)
     inputs, masks = qkv(randn, module), make_masks(rng, attn, padding)
     upstream = {"output": randn(T_Q, B, E)}
@@ -489,7 +489,7 @@ def test_gradients_match_pytorch_with_every_mask(rng, randn, attn, padding):
     assert_same(ours, theirs)
 
 
-def test_gradients_flow_through_the_weights_too(rng, randn):
+def test_forward_lets_gradients_through_the_weights(rng, randn):
     module = oracle(randn)
     inputs, masks = qkv(randn, module), make_masks(rng, "float2d", "float")
     for average, shape in ((True, (B, T_Q, T_K)), (False, (B, H, T_Q, T_K))):
@@ -499,7 +499,7 @@ def test_gradients_flow_through_the_weights_too(rng, randn):
         assert_same(ours, theirs, hint="the weights returned are part of the graph: no detach")
 
 
-def test_key_padding_hides_keys_not_queries_in_self_attention(randn):
+def test_forward_hides_keys_not_queries_in_self_attention(randn):
     # T_q = T_k: padding put on the queries' axis would fit, and be wrong.
     module = oracle(randn, batch_first=True)
     x = randn(B, 6, E)
@@ -509,7 +509,7 @@ def test_key_padding_hides_keys_not_queries_in_self_attention(randn):
     assert_same(ours, theirs, hint="key_padding_mask hides keys; padded queries still get an output")
 
 
-def test_weights_are_averaged_over_heads(randn):
+def test_forward_averages_the_weights_over_heads(randn):
     module = oracle(randn)
     inputs = qkv(randn, module)
     theirs = run(module, inputs, average_attn_weights=False)["weights"]
@@ -519,7 +519,7 @@ def test_weights_are_averaged_over_heads(randn):
     )
 
 
-def test_weights_are_per_head_on_request(randn):
+def test_forward_returns_weights_per_head_on_request(randn):
     module = oracle(randn)
     inputs = qkv(randn, module)
     ours, theirs = (run(m, inputs, average_attn_weights=False) for m in (twin(module), module))
@@ -527,7 +527,7 @@ def test_weights_are_per_head_on_request(randn):
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_weights_are_none_unless_needed(rng, randn, average):
+def test_forward_returns_weights_only_if_needed(rng, randn, average):
     module = oracle(randn)
     inputs, masks = qkv(randn, module), make_masks(rng, "bool2d", "bool")
     options = {"need_weights": False, "average_attn_weights": average}
@@ -539,7 +539,7 @@ def test_weights_are_none_unless_needed(rng, randn, average):
 @WEIGHTS
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "seq_first"])
 @pytest.mark.parametrize("average", [True, False], ids=["average", "per_head"])
-def test_unbatched_input_matches_pytorch(rng, randn, sizes, batch_first, average):
+def test_forward_of_unbatched_input_matches_pytorch(rng, randn, sizes, batch_first, average):
     module = oracle(randn, batch_first=batch_first, **sizes)
     inputs = qkv(randn, module, batch=None)
     for attn, padding in (("none", "none"), ("float2d", "bool"), ("bool3d", "float")):
@@ -549,20 +549,20 @@ def test_unbatched_input_matches_pytorch(rng, randn, sizes, batch_first, average
         assert_same(ours, theirs, hint=f"unbatched, attn {attn}, padding {padding}: no batch axis anywhere")
 
 
-def test_a_batch_of_one_keeps_its_batch_axis(rng, randn):
+def test_forward_keeps_the_axis_of_a_batch_of_one(rng, randn):
     module = oracle(randn)
     inputs, masks = qkv(randn, module, batch=1), make_masks(rng, "bool3d", "bool", batch=1)
     assert_same(run(twin(module), inputs, *masks), run(module, inputs, *masks))
 
 
-def test_one_query_and_one_key_match_pytorch(randn):
+def test_forward_of_one_query_or_one_key_matches_pytorch(randn):
     module = oracle(randn)
     for t_q, t_k in ((1, T_K), (T_Q, 1), (1, 1)):
         inputs = qkv(randn, module, t_q=t_q, t_k=t_k)
         assert_same(run(twin(module), inputs), run(module, inputs))
 
 
-def test_arguments_have_the_order_of_pytorch(rng, randn):
+def test_forward_takes_arguments_in_the_order_of_pytorch(rng, randn):
     module = oracle(randn)
     inputs, (attn_mask, padding) = qkv(randn, module), make_masks(rng, "bool2d", "bool")
     arguments = (*inputs, padding, True, attn_mask, False, True)
@@ -572,7 +572,7 @@ def test_arguments_have_the_order_of_pytorch(rng, randn):
         assert_close(ours, theirs, atol=1e-12, name=name)
 
 
-def test_is_causal_is_a_promise_about_the_mask(randn):
+def test_forward_takes_is_causal_as_a_promise_about_the_mask(randn):
     module = oracle(randn)
     inputs = qkv(randn, module, t_q=6, t_k=6)
     causal = torch.ones(6, 6, dtype=torch.bool).triu(1)
@@ -604,7 +604,7 @@ def blind_case(randn, bias=True, **options):
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_output_of_a_query_that_sees_no_key_is_the_output_bias(randn, kind, bias):
+def test_blind_query_gets_the_output_bias(randn, kind, bias):
     module, inputs, attn_mask, padding, blind = blind_case(randn, bias)
     # PyTorch answers so without need_weights; with need_weights it answers NaN.
     expected = run(module, inputs, attn_mask, padding, need_weights=False)["output"]
@@ -621,7 +621,7 @@ def test_output_of_a_query_that_sees_no_key_is_the_output_bias(randn, kind, bias
 
 
 @pytest.mark.parametrize("average", [True, False], ids=["average", "per_head"])
-def test_weights_returned_for_a_query_that_sees_no_key_are_zero(randn, average):
+def test_blind_query_gets_weights_of_zero(randn, average):
     module, inputs, attn_mask, padding, _ = blind_case(randn)
     ours, theirs = (
         run(m, inputs, attn_mask, padding, average_attn_weights=average)["weights"]
@@ -634,7 +634,7 @@ def test_weights_returned_for_a_query_that_sees_no_key_are_zero(randn, average):
     )
 
 
-def test_gradients_are_right_although_some_queries_see_no_key(randn):
+def test_blind_queries_leave_the_gradients_right(randn):
     module, inputs, attn_mask, padding, _ = blind_case(randn)
     upstream = {"output": randn(B, T_Q, E)}
     theirs = run(module, inputs, attn_mask, padding, upstream=upstream, need_weights=False)
@@ -671,7 +671,7 @@ def test_dropout_drops_weights_and_scales_up_the_rest_in_training_mode(randn):
     assert abs(share - p) < 0.08, f"{share:.3f} of the weights were dropped, expected about {p}"
 
 
-def test_output_is_made_from_the_weights_returned_in_training_mode(randn):
+def test_dropout_acts_on_the_output_as_on_the_weights_returned(randn):
     module = oracle(randn, dropout=0.4, batch_first=True)
     inputs = qkv(randn, module)
     ours = run(twin(module), inputs, average_attn_weights=False)
@@ -685,7 +685,7 @@ def test_output_is_made_from_the_weights_returned_in_training_mode(randn):
 # --- robustness -------------------------------------------------------------------------------
 
 
-def test_arguments_are_not_modified(rng, randn):
+def test_forward_does_not_modify_its_arguments(rng, randn):
     module = oracle(randn, **SEPARATE)
     ours = twin(module)
     for attn, padding in (("float2d", "float"), ("bool3d", "bool")):
@@ -701,7 +701,7 @@ def test_arguments_are_not_modified(rng, randn):
 
 
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch_first", "seq_first"])
-def test_inputs_may_be_strided_views(rng, randn, batch_first):
+def test_forward_takes_strided_views(rng, randn, batch_first):
     module = oracle(randn, batch_first=batch_first)
     wide = [randn(2 * x.shape[0], x.shape[2], x.shape[1]) for x in qkv(randn, module)]
     inputs = [x[::2].transpose(1, 2) for x in wide]
@@ -715,7 +715,7 @@ def test_inputs_may_be_strided_views(rng, randn, batch_first):
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 5e-6), (torch.bfloat16, 0.06)], ids=str)
-def test_lower_precisions_stay_close_to_float64(rng, randn, dtype, atol):
+def test_forward_in_lower_precision_stays_close_to_float64(rng, randn, dtype, atol):
     module = oracle(randn, **SEPARATE).to(dtype)
     inputs = [x.to(dtype) for x in qkv(randn, module)]
     masks = make_masks(rng, "bool2d", "bool")
@@ -726,7 +726,7 @@ def test_lower_precisions_stay_close_to_float64(rng, randn, dtype, atol):
     assert_close(weights.detach(), expected["weights"], atol=atol, name="weights")
 
 
-def test_sharp_attention_survives_scores_in_the_thousands(rng, randn):
+def test_forward_survives_scores_in_the_thousands(rng, randn):
     module = oracle(randn)
     query, key, value = qkv(randn, module)
     inputs, masks = [100 * query, 100 * key, value], make_masks(rng, "bool2d", "float")
@@ -758,7 +758,7 @@ def test_from_torch_has_the_state_of_the_source(randn, sizes, bias):
 
 
 @WEIGHTS
-def test_changing_the_source_later_does_not_change_the_copy(randn, sizes):
+def test_from_torch_copies_so_that_the_source_cannot_change_the_copy(randn, sizes):
     module = oracle(randn, **sizes)
     inputs = qkv(randn, module)
     before = run(module, inputs)
@@ -770,7 +770,7 @@ def test_changing_the_source_later_does_not_change_the_copy(randn, sizes):
 
 
 @WEIGHTS
-def test_changing_the_copy_does_not_change_the_source(randn, sizes):
+def test_from_torch_copies_so_that_the_copy_cannot_change_the_source(randn, sizes):
     module = oracle(randn, **sizes)
     inputs = qkv(randn, module)
     before = run(module, inputs)
@@ -797,19 +797,26 @@ def test_from_torch_leaves_the_source_alone(randn, training):
     assert_same(run(ours.eval(), inputs), run(module.eval(), inputs))
 
 
-def test_from_torch_copies_the_mode(randn):
-    module = oracle(randn, dropout=0.5).eval()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_from_torch_copies_the_mode(randn, training):
+    module = oracle(randn, dropout=0.5).train(training)
     inputs = qkv(randn, module)
-    hint = "the source is in evaluation mode, so its copy must not drop anything"
-    assert_same(run(ParityAttention.from_torch(module), inputs), run(module, inputs), hint=hint)
+    ours = ParityAttention.from_torch(module)
+    mode = "training" if training else "evaluation"
+    assert ours.training is training, f"the source is in {mode} mode, its copy is not"
+    if not training:
+        assert_same(run(ours, inputs), run(module, inputs), hint="in evaluation mode nothing is dropped")
+    assert_same(run(ours.eval(), inputs), run(module.eval(), inputs))
 
 
-def test_from_torch_copies_dropout(randn):
-    module = oracle(randn, dropout=0.5)
-    inputs = qkv(randn, module)
-    weights = run(ParityAttention.from_torch(module).train(), inputs, average_attn_weights=False)["weights"]
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_from_torch_copies_dropout(randn, training):
+    module = oracle(randn, dropout=0.5).train(training)
+    inputs = qkv(randn, module, batch=4)
+    ours = ParityAttention.from_torch(module).train()
+    weights = run(ours, inputs, average_attn_weights=False)["weights"]
     message = "the source drops half of the weights in training mode, its copy does not"
-    assert 0.2 < (weights == 0).double().mean() < 0.8, message
+    assert 0.3 < (weights == 0).double().mean() < 0.7, message  # of 420 weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -825,7 +832,7 @@ def test_from_torch_keeps_the_dtype(randn, dtype):
 
 
 @WEIGHTS
-def test_copy_and_source_train_alike(randn, sizes):
+def test_from_torch_gives_a_copy_that_trains_like_the_source(randn, sizes):
     module = oracle(randn, **sizes)
     ours = ParityAttention.from_torch(module)
     inputs, target = qkv(randn, module), randn(T_Q, B, E)
@@ -842,7 +849,7 @@ def test_copy_and_source_train_alike(randn, sizes):
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
-def test_modules_with_extra_keys_are_refused(randn, option):
+def test_from_torch_refuses_modules_with_extra_keys(randn, option):
     plain = oracle(randn)
     inputs = qkv(randn, plain)
     assert_same(run(ParityAttention.from_torch(plain), inputs), run(plain, inputs))
