@@ -18,12 +18,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from grader import machine
 from grader.catalog import load
 from grader.grading import grade_lab
 from grader.report import Status
 from grader.sandbox.local import LocalSandbox
 from grader.submission import read_code
+
+from grader import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 

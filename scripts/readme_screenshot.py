@@ -9,14 +9,14 @@ import re
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
-from grader import misconceptions
 from grader.catalog import load
 from grader.grading import grade
 from grader.sandbox.local import LocalSandbox
 from grader.submission import read_code
 from grader.terminal import print_report
+from rich.console import Console
+
+from grader import misconceptions
 
 ROOT = Path(__file__).resolve().parents[1]
 WRONG = "scales_by_d_k"

@@ -43,7 +43,7 @@ DISK_FULL = re.compile(r"no space left on device|os error 28|disk quota exceeded
 NO_NETWORK_ADVICE = """\
 a package index cannot be reached.
   - Try again: `make setup` goes on where it stopped.
-  - Behind a proxy: set HTTPS_PROXY. Where TLS is inspected: set SSL_CERT_FILE to the CA bundle.
+  - Behind a proxy: set HTTPS_PROXY. Where TLS is inspected: set PIP_CERT to the CA bundle.
   - Without a network: put the wheels into a folder and set PIP_FIND_LINKS to it, PIP_NO_INDEX=1, UV_OFFLINE=1."""
 
 
@@ -72,6 +72,10 @@ class Torch(NamedTuple):
 
 class Failed(Exception):
     """Set-up could not be done; the message says what to do."""
+
+
+class DiskFull(Failed):
+    """The disk filled up while files were written, so `.venv` may be half-written."""
 
 
 def say(message: str) -> None:
@@ -176,7 +180,7 @@ def run(command: "list[str]", environment: "dict[str, str]") -> None:
         return
     name = Path(command[0]).name if "-m" not in command else command[command.index("-m") + 1]
     if DISK_FULL.search(last_lines):
-        raise Failed("the disk is full: make room, then run `make setup` again; it goes on where it stopped.")
+        raise DiskFull("the disk is full: make room, then run `make setup` again.")
     if NO_NETWORK.search(last_lines):
         raise Failed(NO_NETWORK_ADVICE)
     raise Failed(f"{name} failed, see above (exit status {process.returncode}).")
@@ -195,7 +199,7 @@ def _show(read: int) -> str:
             chunk = b""
         *lines, pending = (pending + chunk).split(b"\n")
         shown = b"".join(line + b"\n" for line in lines if not listed.match(line))
-        if not chunk or not re.match(colour + rb" ", pending):  # surely no line of the list
+        if not chunk or not re.match(colour + rb"( |Using )", pending):  # surely no line of the list
             shown, pending = shown + pending, b""
         tail = (tail + shown)[-8000:]
         os.write(sys.stderr.fileno(), shown)
@@ -242,9 +246,8 @@ def make_venv(checkout: Checkout) -> Environment:
                     "`apt install python3-venv`, then run `make setup` again."
                 )
         check_space(checkout.venv, CPU_GB)
-        say(
-            f"{'repairing' if checkout.venv.exists() else 'making'} .venv with Python {sys.version.split()[0]}"
-        )
+        doing = "repairing" if checkout.venv.exists() else "making"
+        say(f"{doing} .venv with Python {sys.version.split()[0]}")
         checkout.venv.mkdir(parents=True, exist_ok=True)
         checkout.note()  # from here to the end .venv counts as interrupted
         for child in checkout.venv.iterdir():
@@ -270,7 +273,7 @@ def get_uv(checkout: Checkout) -> str:
     if answer([*python, "pip", "--version"]) is None:  # an environment made by uv has no pip
         run([*python, "ensurepip"], dict(os.environ))
     say(f"getting uv {UV}")
-    options = ["--quiet", "--disable-pip-version-check", "--retries", "2"]
+    options = ["--quiet", "--disable-pip-version-check", "--retries", "2", "--force-reinstall", "--no-deps"]
     run([*python, "pip", "install", *options, f"uv=={UV}"], dict(os.environ))
     return uv
 
@@ -310,32 +313,22 @@ def find_links(settings: "dict[str, list[str]]") -> "list[str]":
 
 
 class Uv(NamedTuple):
-    """The pinned uv, working on `.venv`."""
+    """The pinned uv, working on `.venv`; it installs exactly what is named and no dependencies."""
 
     program: str
     python: str
     environment: "dict[str, str]"
 
+    def _command(self, *arguments: str) -> "list[str]":
+        return [self.program, "pip", "install", "--python", self.python, "--no-deps", *arguments]
+
     def install(self, *arguments: str) -> None:
-        """Install exactly what is named, no dependencies."""
-        run(
-            [self.program, "pip", "install", "--python", self.python, "--no-deps", *arguments],
-            self.environment,
-        )
+        """Install what the arguments name."""
+        run(self._command(*arguments), self.environment)
 
     def can_install(self, *arguments: str) -> bool:
         """Return whether `install` would find what is named; waits a few seconds at most."""
-        command = [
-            self.program,
-            "pip",
-            "install",
-            "--python",
-            self.python,
-            "--no-deps",
-            "--dry-run",
-            *arguments,
-        ]
-        return answer(command, {**self.environment, **IMPATIENT}) is not None
+        return answer(self._command("--dry-run", *arguments), {**self.environment, **IMPATIENT}) is not None
 
     def cache(self) -> Path:
         """Return the folder of uv's cache."""
@@ -372,9 +365,8 @@ def choose_torch(
 
     arguments = ["--require-hashes", "-r", str(requirements / "torch-pypi.txt")]
     if not on_linux:
-        return Torch(
-            "pypi", arguments, CPU_GB, f"torch {version} from PyPI, which has a CPU build for this system"
-        )
+        told = f"torch {version} from PyPI, which has a CPU build for this system"
+        return Torch("pypi", arguments, CPU_GB, told)
     why = f"no find-links has {cpu_build} for this Python and PyTorch's CPU index does not answer"
     why = "TOPEKA_TORCH asks for it" if insisted else why
     told = f"torch {version} from PyPI: {why}. It is the CUDA build and brings about 4.5 GB of libraries"
@@ -396,27 +388,39 @@ def check_space(folder: Path, needed_gb: float) -> None:
 def set_up(checkout: Checkout, insisted: "str | None") -> None:
     """Make `.venv` or bring it up to date."""
     started = time.monotonic()
-    from_nothing = not checkout.is_complete()
+    is_update = "inputs" in checkout.noted()
     here = make_venv(checkout)
+    checkout.note()  # until the end .venv counts as interrupted
+    try:
+        source = install(checkout, here, insisted, is_update)
+    except DiskFull:
+        raise
+    except Failed:
+        # pip and uv fail before they write, so what is there is whole and the next run can go on with it.
+        checkout.note(venv=checkout.identity())
+        raise
+    checkout.note(venv=checkout.identity(), inputs=checkout.inputs(), torch=source)
+    say(f".venv is ready after {time.monotonic() - started:.0f} s")
+
+
+def install(checkout: Checkout, here: Environment, insisted: "str | None", is_update: bool) -> str:
+    """Install everything into `.venv`; return where torch came from."""
     program = get_uv(checkout)
     settings = pip_settings(checkout)
     uv = Uv(program, str(checkout.python), uv_environment(settings))
     links = find_links(settings)
     torch = choose_torch(checkout.requirements, here, uv, links, insisted)
     say(torch.told)
-    if from_nothing:
+    if not is_update:  # which needs little room
         for folder in (checkout.venv, uv.cache()):
             check_space(folder, torch.gigabytes)
 
-    checkout.note()
     folders = [option for link in links if "://" not in link for option in ("--find-links", link)]
     uv.install(*folders, "--require-hashes", "-r", str(checkout.requirements / "cpu.txt"))
     uv.install(*torch.arguments)
-    uv.install(
-        "--no-build-isolation", "-e", str(checkout.root / "shared"), "-e", str(checkout.root / "grader")
-    )
-    checkout.note(venv=checkout.identity(), inputs=checkout.inputs(), torch=torch.source)
-    say(f".venv is ready after {time.monotonic() - started:.0f} s")
+    packages = (str(checkout.root / "shared"), str(checkout.root / "grader"))
+    uv.install("--no-build-isolation", "-e", packages[0], "-e", packages[1])
+    return torch.source
 
 
 @contextlib.contextmanager
@@ -424,6 +428,11 @@ def alone(checkout: Checkout) -> "Iterator[None]":
     """Keep a second set-up of the same checkout waiting."""
     import fcntl
 
+    if not os.access(checkout.root, os.W_OK):
+        raise Failed(
+            f"{checkout.root} cannot be written. Set-up needs a checkout that you may write to: "
+            "clone it to a folder of your own."
+        )
     folder = checkout.root / ".topeka"
     folder.mkdir(exist_ok=True)
     with (folder / "setup.lock").open("w") as lock:
@@ -456,9 +465,6 @@ def main() -> int:
     except KeyboardInterrupt:
         stop("stopped; `make setup` begins again", 130)
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            what = f"{error.filename} cannot be written ({error.strerror}). "
-            stop(what + "Set-up needs a checkout that you may write to: clone it to a folder of your own.")
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             stop("the disk is full: make room, then run `make setup` again.")
         stop(f"{error.filename or 'the system'}: {error.strerror or error}")

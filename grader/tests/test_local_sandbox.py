@@ -115,11 +115,19 @@ def test_leaving_by_exception_is_no_way_to_pass(course, sandbox, statement):
     assert grade(course, sandbox, hostile(statement)).status in (Status.FAILED, Status.ERROR)
 
 
-def test_keyboard_interrupt_and_pytest_exit_do_not_hide_tests(course, sandbox):
-    for statement in ("raise KeyboardInterrupt", "import pytest; pytest.exit('done', returncode=0)"):
-        report = grade(course, sandbox, hostile(statement))
-        assert report.status is Status.ERROR
-        assert "did not run" in report.reason
+def test_a_keyboard_interrupt_does_not_hide_tests(course, sandbox):
+    report = grade(course, sandbox, hostile("raise KeyboardInterrupt"))
+    assert report.status is Status.ERROR
+    assert "did not run" in report.reason
+
+
+@pytest.mark.parametrize(
+    "statement", ["pytest.exit('done', returncode=0)", "pytest.skip('slow: no')", "pytest.xfail('known')"]
+)
+def test_pytests_own_ways_out_are_failures_when_the_code_under_test_takes_them(course, sandbox, statement):
+    report = grade(course, sandbox, hostile(f"import pytest\n{statement}"))
+    assert report.status is Status.FAILED
+    assert report.reason == "4 of 5 tests failed"
 
 
 def test_closing_every_descriptor_does_not_pass(course, sandbox):

@@ -124,9 +124,15 @@ def _stacks(
     machine: Machine, engine: _Engine, findings: Sequence[Finding], catalog: Catalog | None
 ) -> tuple[StackReadiness, ...]:
     every = [f"{f.name}: {f.detail}" for f in findings if f.state == "missing" and f.name == "torch"]
-    gpu = machine.gpu_note or "no NVIDIA GPU"
-    one = [] if machine.gpus else [gpu]
-    two = [] if len(machine.gpus) > 1 else [gpu if not machine.gpus else "a second GPU"]
+    note = f" ({machine.gpu_note})" if machine.gpu_note else ""
+    one = [] if machine.gpus else [f"an NVIDIA GPU{note}"]
+    two = (
+        []
+        if len(machine.gpus) > 1
+        else [f"a second GPU{note}"]
+        if machine.gpus
+        else [f"two NVIDIA GPUs{note}"]
+    )
     here: dict[Stack, list[str]] = {
         "cpu": every,
         "cuda": [*every, *one, *_lacks_for_cuda(machine)],
@@ -137,7 +143,7 @@ def _stacks(
     for stack, lacks in here.items():
         in_docker = list(hardware[stack])
         if not engine.version:
-            in_docker.append(f"a Docker Engine ({engine.trouble})")
+            in_docker.append("a Docker Engine that answers")
         else:
             if f"{SANDBOX_IMAGE}:{stack}" not in engine.images:
                 in_docker.append(f"the image {SANDBOX_IMAGE}:{stack}")
@@ -202,7 +208,7 @@ def _environment(root: Path) -> Finding:
     return Finding(
         name=name,
         state="warning",
-        detail="incomplete, made without `make setup`, or older than docker/requirements",
+        detail="incomplete, out of date, or not made by `make setup`",
         remedy="make setup",
     )
 

@@ -135,9 +135,8 @@ def cgroup_limits(
         return None, None
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        # A hybrid system mounts version 2 below `unified`, without the controllers version 1 has.
-        names = controllers.split(",") if controllers else [""]
-        for folder in _with_parents(mount, names, path):
+        names = controllers.split(",")  # version 2 has one hierarchy, without a name
+        for folder in _with_parents(mount, {controllers, *names}, path):
             if not controllers:
                 memory += _numbers(folder / "memory.max")
                 if len(quota := _numbers(folder / "cpu.max")) == 2:
@@ -153,8 +152,8 @@ def cgroup_limits(
     return int(min(memory)) if memory else None, min(cores, default=None)
 
 
-def _with_parents(mount: Path, names: list[str], path: str) -> list[Path]:
-    """Return the folders of a group and its parents; in a container the group may be the mount itself."""
+def _with_parents(mount: Path, names: set[str], path: str) -> list[Path]:
+    """Return the folders of a group and its parents up to the mount, which a container may see instead."""
     parts = PurePosixPath(path.lstrip("/"))
     below = [parts, *parts.parents]
     return [mount / name / part for name in names for part in below]

@@ -31,6 +31,10 @@ class EventsPlugin:
     def _name(self, node_id: str) -> str:
         return node_id.removeprefix(self._prefix)
 
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Keep pytest from drawing tracebacks, which takes longer than the tests; nobody sees them."""
+        config.option.tbstyle = "line"
+
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Report a test file that could not be imported."""
         if report.failed:

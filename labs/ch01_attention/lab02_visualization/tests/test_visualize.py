@@ -326,7 +326,7 @@ def test_heatmap_takes_strided_weights_and_does_not_modify_them(rng, dtype):
 TOKENS = ["to", "be", "or", "be"]
 
 
-@pytest.mark.parametrize(("H", "ncols"), [(5, 3), (1, 1), (3, 3), (2, 1)])
+@pytest.mark.parametrize(("H", "ncols"), [(5, 3), (1, 1), (2, 2), (2, 1)])
 def test_grid_shows_the_heads_in_reading_order(rng, H, ncols):
     weights = random_weights(rng, H, 4, 4)
     panels = panels_of(plot_heads(weights, TOKENS, ncols=ncols))
@@ -344,9 +344,9 @@ def test_grid_shows_the_heads_in_reading_order(rng, H, ncols):
 @pytest.mark.parametrize(
     ("H", "options", "rows"),
     [
-        (5, {"ncols": 3}, [3, 2]),
+        (4, {"ncols": 3}, [3, 1]),
         (4, {"ncols": 2}, [2, 2]),
-        (2, {"ncols": 3}, [2]),
+        (1, {"ncols": 2}, [1]),
         (5, {}, [4, 1]),
     ],
 )
@@ -418,7 +418,7 @@ def test_grid_labels_every_panel(rng):
 def test_grid_is_a_new_figure_that_pyplot_does_not_keep(rng):
     fig, _ = plt.subplots()
     open_figures, settings = plt.get_fignums(), dict(matplotlib.rcParams)
-    first, second = (plot_heads(random_weights(rng, 2, 2, 2), ["a", "b"]) for _ in range(2))
+    first, second = (plot_heads(random_weights(rng, 2, 2, 2), ["a", "b"], ncols=2) for _ in range(2))
     assert isinstance(first, Figure), f"plot_heads returned {type(first).__name__}, expected a Figure"
     assert len({first, second, fig}) == 3, "every call makes a new Figure"
     assert [len(panels_of(f)) for f in (first, second)] == [2, 2], "one heatmap per head"

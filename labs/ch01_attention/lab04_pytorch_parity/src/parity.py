@@ -219,9 +219,9 @@ class ParityAttention(nn.Module):
         Returns:
             output, laid out like query with E features, and weights: None without need_weights, else
             (B, T_q, T_k) averaged or (B, H, T_q, T_k) per head, without the B if unbatched. In training
-            mode each weight is dropped (set to 0) with probability `dropout`, the others are divided by
-            1 - dropout, and both output and returned weights are made from these. A query whose keys
-            are all hidden has weights of exactly 0, so its output is the bias of out_proj (0 without).
+            mode each weight, by itself, is dropped (set to 0) with probability `dropout`, the others are
+            divided by 1 - dropout, and both output and returned weights are made from these. A query whose
+            keys are all hidden has weights of exactly 0, so its output is the bias of out_proj (0 without).
             Gradients flow through both results. The arguments are not modified.
 
         Raises:
