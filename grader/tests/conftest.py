@@ -209,6 +209,14 @@ def course(tmp_path: Path) -> Catalog:
     return load(write_course(root))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runners put their work folders where no other run of them on this machine does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("jobs")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[LocalSandbox]:
     """One warm parent for all tests of a run."""

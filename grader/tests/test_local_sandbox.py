@@ -1,7 +1,6 @@
 """Hostile and broken code in the local sandbox: right status, nothing left behind, parent still working."""
 
 import os
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ def hostile(body: str) -> str:
 
 def left_behind() -> list[str]:
     """Work folders on disk and runner processes other than the warm parents themselves."""
-    folders = [str(p) for p in Path(tempfile.gettempdir()).glob("topeka-job-*")]
+    folders = [str(p) for p in Path(os.environ["TMPDIR"]).glob("topeka-job-*")]
     parents = [p for p in psutil.Process().children() if "grader.runner" in " ".join(p.cmdline())]
     return folders + [f"process {c.pid}" for p in parents for c in p.children(recursive=True)]
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
@@ -208,7 +209,7 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
     if not found and not broken:
         return (), "an NVIDIA driver is installed, but it has no GPU"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = tuple(gpu for gpu, uuid in found if visible is None or _is_visible(gpu.index, uuid, visible))
+    shown = tuple(gpu for gpu, _ in found) if visible is None else visible_gpus(found, visible)
     if len(shown) < len(found):
         broken.append(f"CUDA_VISIBLE_DEVICES={visible} shows {len(shown)} of {len(found)} GPUs")
     return shown, "; ".join(broken)
@@ -223,11 +224,23 @@ def _gpu_memory(handle: object) -> int | None:
         return None
 
 
-def _is_visible(index: int, uuid: str, visible: str) -> bool:
-    """Return whether CUDA_VISIBLE_DEVICES shows a GPU: numbers or beginnings of UUIDs, to the first invalid."""
-    wanted = []
+def visible_gpus(found: Sequence[tuple[Gpu, str]], visible: str) -> tuple[Gpu, ...]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES shows, in its order.
+
+    Args:
+        found: every GPU with its UUID.
+        visible: the variable's value: numbers or beginnings of UUIDs. As for CUDA, the first word that
+            does not name exactly one GPU hides all that follow.
+    """
+    if "MIG-" in visible:  # a part of a GPU; which one cannot be told from its name
+        return tuple(gpu for gpu, _ in found)
+    shown: list[Gpu] = []
     for word in (word.strip() for word in visible.split(",")):
-        if not (word.isdecimal() or word.startswith(("GPU-", "MIG-"))):
+        if word.isdecimal():
+            named = [gpu for gpu, _ in found if gpu.index == int(word)]
+        else:
+            named = [gpu for gpu, uuid in found if word.startswith("GPU-") and uuid.startswith(word)]
+        if len(named) != 1:
             break
-        wanted.append(word)
-    return any(index == int(w) if w.isdecimal() else uuid.startswith(w) for w in wanted)
+        shown += named
+    return tuple(shown)
