@@ -212,6 +212,10 @@ class Terminal:
     def interrupt(self) -> int:
         """Press Ctrl-C and return the exit status."""
         os.write(self._fd, b"\x03")
+        return self.end()
+
+    def end(self) -> int:
+        """Wait for the command to end and return its exit status."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             if select.select([self._fd], [], [], 0.05)[0]:
@@ -221,7 +225,7 @@ class Terminal:
             if pid:
                 return os.waitstatus_to_exitcode(status)
         os.kill(self.pid, signal.SIGKILL)
-        raise AssertionError("Ctrl-C did not end it")
+        raise AssertionError("it does not end")
 
 
 def test_a_terminal_gets_a_coloured_table(course):
@@ -230,6 +234,7 @@ def test_a_terminal_gets_a_coloured_table(course):
     assert "\x1b[" in text
     assert "milestone" in text
     assert "largest error: 0 absolute (at most 1e-05 promised)" in text
+    assert terminal.end() == 0
 
 
 def test_watch_follows_saves_syntax_errors_and_renames_until_ctrl_c(course):

@@ -33,7 +33,8 @@ def hostile(body: str) -> str:
 def left_behind() -> list[str]:
     """Work folders on disk and runner processes other than the warm parents themselves."""
     folders = [str(p) for p in Path(os.environ["TMPDIR"]).glob("topeka-job-*")]
-    parents = [p for p in psutil.Process().children() if "grader.runner" in " ".join(p.cmdline())]
+    children = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    parents = [p for p in children if "grader.runner" in " ".join(p.cmdline())]
     return folders + [f"process {c.pid}" for p in parents for c in p.children(recursive=True)]
 
 
