@@ -55,7 +55,10 @@ class _SourceLoader(importlib.machinery.SourceFileLoader):
         self._loaded = loaded
 
     def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
+        try:
+            return self.source_to_code(self.get_data(self.path), self.path)
+        except ValueError as error:  # how Python before 3.11.4 refuses a null byte
+            raise SyntaxError(str(error), (self.path, 1, None, None)) from error
 
     def exec_module(self, module: ModuleType) -> None:
         __tracebackhide__ = True
