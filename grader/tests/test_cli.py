@@ -193,6 +193,8 @@ class Terminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.chdir(course.root)
+            # Whoever runs these tests in the background of a script ignores Ctrl-C, and that is inherited.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update(TERM="xterm-256color", COLUMNS="120", LINES="50")
             os.execv(sys.executable, [*TOPEKA, *arguments])
         self.text = ""
