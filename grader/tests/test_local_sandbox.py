@@ -69,6 +69,25 @@ def test_wrong_code_fails_with_the_tests_own_message(course, sandbox):
     assert report.tests[0].message.splitlines()[0] == "got 4.5: is the operator right?"
 
 
+def test_messages_do_not_depend_on_the_callers_environment(course, monkeypatch):
+    """pytest words a comparison differently where CI is set, and takes options from PYTEST_ADDOPTS."""
+    tests = course.labs[0].path / "tests" / "test_numbers.py"
+    tests.write_text(tests.read_text() + "\n\ndef test_pair():\n    assert (double(1), 3) == (2, 3)\n")
+    wrong = RIGHT.replace("x * 2", "x * 3")
+    messages = []
+    for environment in ({}, {"CI": "true", "BUILD_NUMBER": "7", "PYTEST_ADDOPTS": "-k nothing_at_all -vv"}):
+        for name in ("CI", "BUILD_NUMBER", "PYTEST_ADDOPTS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with LocalSandbox(threads=1) as sandbox:
+            report = grade(course, sandbox, wrong)
+        assert report.status is Status.FAILED
+        messages.append([t.message for t in report.tests])
+    assert messages[0] == messages[1]
+    assert messages[0][-1]
+
+
 def test_half_written_code_fails_and_says_what_is_missing(course, sandbox):
     report = grade(course, sandbox, RIGHT.replace("return n % 2 == 0", "raise NotImplementedError('even')"))
     assert report.status is Status.FAILED
