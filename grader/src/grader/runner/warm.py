@@ -47,11 +47,11 @@ class WarmParent:
         reaper.adopt_orphans()
         reaper.hide()
         _sweep_left_overs()
-        _import(("shared.plugin", "_pytest.pytester", *preload))  # what the course's conftest.py loads
+        import_all(("shared.plugin", "_pytest.pytester", *preload))  # what the course's conftest.py loads
         self._send(event="ready", pid=os.getpid(), machine=machine.describe().model_dump(mode="json"))
         while (received := receive_job(self._jobs)) is not None:
             job, tar = received
-            _import(job.preload)
+            import_all(job.preload)
             self._send(event="started", job=job.id)
             self._run(job, tar)
 
@@ -258,7 +258,8 @@ def _is_child_event(line: bytes) -> bool:
     return isinstance(event, dict) and event.get("event") in CHILD_EVENTS
 
 
-def _import(modules: Sequence[str]) -> None:
+def import_all(modules: Sequence[str]) -> None:
+    """Import `modules`; one that this machine lacks is left to the tests."""
     for name in modules:
         # A module this machine lacks is the tests' business; they name it in their own error.
         with contextlib.suppress(ImportError):
