@@ -10,6 +10,7 @@
 #   workspace-STACK.txt  what the workspace adds
 #   compiled.txt         sources compiled while an image is built, and what compiles them
 #   uv.txt, node.txt     the installers: uv, and Node for code-server
+#   container-tests.txt  what the tests of the containers need on the machine itself
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=${UV:-.venv/bin/uv}
@@ -38,6 +39,7 @@ image=(--python-version 3.11 --python-platform x86_64-manylinux_2_36 "${pinned[@
 "$uv" pip compile $out/compiled.in --no-deps "${image[@]}" -o $out/compiled.txt
 from_pypi - "${image[@]}" -o $out/uv.txt <<<"uv==$(sed -nE 's/^UV = "(.*)"/\1/p' scripts/setup_env.py)"
 from_pypi $out/node.in "${image[@]}" -o $out/node.txt
+from_pypi $out/container-tests.in "${image[@]}" -o $out/container-tests.txt
 for stack in cpu cuda multi-gpu; do
     input=("$out/stack-$stack.in" $out/compiled.in "${packages[@]}")
     tools=(--no-emit-package llama-cpp-python --no-emit-package cmake --no-emit-package ninja
