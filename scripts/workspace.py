@@ -128,11 +128,17 @@ def up(profile: str) -> None:
             [str(ROOT / "scripts" / "images.sh"), stack],
             "the images could not be built; the lines above say why",
         )
-    (ROOT / ".topeka").mkdir(exist_ok=True)  # or the engine would make it, as root
-    run(
-        compose(profile, "up", "--detach", "--wait", "--no-build"),
-        "the containers did not become healthy; `make logs` shows what they said",
-    )
+    state = ROOT / ".topeka"
+    if not state.exists():  # or the engine would make it, as root
+        state.mkdir()
+        if os.geteuid() == 0:
+            os.chown(str(state), ROOT.stat().st_uid, ROOT.stat().st_gid)
+    start = compose(profile, "up", "--detach", "--wait", "--no-build")
+    if subprocess.run(start, cwd=str(ROOT), env=environment(), check=False).returncode != 0:
+        said = output_of(*compose(profile, "logs", "--no-color", "--no-log-prefix", "--tail", "5")) or ""
+        said = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said)
+        stop()  # they would be restarted for ever
+        stop_with("the containers did not become healthy. The last they said:\n" + said, 3)
     print_addresses(profile)
 
 
