@@ -9,11 +9,11 @@ PROFILE ?= cpu
 VENV := $(or $(TOPEKA_VENV),.venv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab up stop logs shell images grade test lint check lock clean
+.PHONY: help setup lab up stop logs shell images grade test test-containers lint check lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## show this list
-	@sed -nE 's/^([a-z]+):[^#]*## (\([^)]*\) )?(.*)/  make \1|\2|\3/p' Makefile | tr -d '()' | \
+	@sed -nE 's/^([a-z-]+):[^#]*## (\([^)]*\) )?(.*)/  make \1|\2|\3/p' Makefile | tr -d '()' | \
 	  awk -F '|' '{ printf "%-46s %s\n", $$1 " " $$2, $$3 }'
 
 # Nothing to do takes one start of Python. Otherwise the first Python that is new enough makes .venv.
@@ -57,6 +57,9 @@ grade: setup ## (CH=1 [CODE=solutions]) grade a chapter, your code or the soluti
 
 test: setup ## run the packages' own tests, and every lab's tests against its solution
 	@$(VENV)/bin/python -m pytest shared/tests grader/tests labs --code solutions
+
+test-containers: setup ## test images, compose, code-server, JupyterLab and the devcontainer for real
+	@scripts/test_containers.sh
 
 lint: setup ## check formatting, types, and that SYLLABUS.md is up to date
 	@$(VENV)/bin/ruff format --check --quiet .
