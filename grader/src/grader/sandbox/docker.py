@@ -187,6 +187,16 @@ class DockerSandbox:
             sweep(self._client)
         self._fill(self._preload)
 
+    def wait_until_warm(self) -> None:
+        """Fill the pool and wait until every container in it is ready.
+
+        Raises:
+            SandboxFailed: one could not be started.
+        """
+        self.start()
+        for waiting in self._waiting:
+            waiting.result()
+
     def run(self, job: Job, tar: bytes) -> Iterator[Event]:
         """Run a job in a container of its own; yields its events, the last of them `finished`.
 
