@@ -26,7 +26,9 @@ UID = 1234  # neither root nor the image's own user
 LAB_FILE = "labs/ch01_attention/lab01_dot_product/src/attention.py"
 
 
-def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path = ROOT, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -37,7 +39,9 @@ def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **variables:
         check=False,
     )
     if check and done.returncode != 0:
-        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise AssertionError(
+            f"{command} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
     return done
 
 
@@ -111,7 +115,12 @@ def page() -> Iterator[Page]:
     chromium = shutil.which("chromium")
     assert chromium, "Chromium is needed: apt-get install chromium"
     with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        options = [
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--disable-component-update",
+        ]
         browser = playwright.chromium.launch(executable_path=chromium, args=options)
         yield browser.new_page(viewport={"width": 1400, "height": 900})
         browser.close()
@@ -202,7 +211,9 @@ def test_the_grader_has_no_network_and_a_read_only_root(workspace):
 def test_make_works_inside_and_every_file_belongs_to_the_owner(workspace):
     workspace.inside("make", "grade", "CH=1", "CODE=solutions")
     workspace.inside("topeka", "grade", "ch01/lab01", check=False)
-    workspace.inside("python", "-m", "pytest", "-q", "labs/ch01_attention/lab01_dot_product/tests", "--code", "solutions")
+    workspace.inside(
+        "python", "-m", "pytest", "-q", "labs/ch01_attention/lab01_dot_product/tests", "--code", "solutions"
+    )
     strangers = [str(p) for p in workspace.folder.rglob("*") if p.lstat().st_uid != UID]
     assert strangers == []
     assert run("git", "-c", "safe.directory=*", "status", "--short", cwd=workspace.folder).stdout == ""
@@ -254,19 +265,46 @@ def test_the_images_libraries_are_the_pinned_ones():
     names = json.loads((ROOT / "docker" / "versions.json").read_text())["cpu"]
     code = "import json, sys; from importlib.metadata import version; " \
            "print(json.dumps({n: version(n) for n in sys.argv[1:]}))"  # fmt: skip
-    command = ["docker", "run", "--rm", "--network", "none", "topeka-sandbox:cpu", "python", "-c", code, *names]
+    command = [
+        "docker",
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "topeka-sandbox:cpu",
+        "python",
+        "-c",
+        code,
+        *names,
+    ]
     assert json.loads(run(*command).stdout) == names
 
 
-@pytest.mark.parametrize("module", ["torch", "triton", "fla", "jax", "vllm", "llama_cpp", "gguf", "xgrammar", "peft", "torchao"])
+@pytest.mark.parametrize(
+    "module", ["torch", "triton", "fla", "jax", "vllm", "llama_cpp", "gguf", "xgrammar", "peft", "torchao"]
+)
 def test_every_library_of_the_stack_can_be_imported_by_any_user(module):
-    run("docker", "run", "--rm", "--network", "none", "--user", "4321:0", "topeka-sandbox:cpu", "python", "-c", f"import {module}")
+    run(
+        "docker",
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--user",
+        "4321:0",
+        "topeka-sandbox:cpu",
+        "python",
+        "-c",
+        f"import {module}",
+    )
 
 
 def test_no_secret_or_cache_is_left_in_an_image():
     code = "ls -A /root/.cache /root/.npm /run/secrets /var/lib/apt/lists /tmp 2>/dev/null | grep -v : | grep . || true"
     for purpose in ("sandbox", "workspace"):
-        done = run("docker", "run", "--rm", "--user", "0", "--entrypoint", "sh", f"topeka-{purpose}:cpu", "-c", code)
+        done = run(
+            "docker", "run", "--rm", "--user", "0", "--entrypoint", "sh", f"topeka-{purpose}:cpu", "-c", code
+        )
         assert done.stdout.strip() in ("", "partial"), f"left in {purpose}: {done.stdout}"
 
 
@@ -286,7 +324,17 @@ def test_a_public_address_with_a_short_password_is_refused(password):
 
 
 def test_the_wrong_torch_fails_the_build():
-    command = ["docker", "run", "--rm", "--user", "0", "--entrypoint", "sh", "-v", f"{ROOT}/docker/build:/build:ro"]
+    command = [
+        "docker",
+        "run",
+        "--rm",
+        "--user",
+        "0",
+        "--entrypoint",
+        "sh",
+        "-v",
+        f"{ROOT}/docker/build:/build:ro",
+    ]
     done = run(*command, "topeka-sandbox:cpu", "/build/check-torch", "cuda", check=False)
     assert done.returncode != 0
     assert "which is built for cpu" in done.stderr
@@ -337,13 +385,28 @@ def test_the_devcontainer_starts_and_grades(workspace, tmp_path):
     workspace.make("stop")
     devcontainer = os.environ.get("TOPEKA_DEVCONTAINER_CLI") or shutil.which("devcontainer")
     assert devcontainer, "@devcontainers/cli is needed; scripts/test_containers.sh installs it"
-    where = ["--workspace-folder", str(workspace.folder), "--config", str(workspace.folder / ".devcontainer/cpu/devcontainer.json")]
+    where = [
+        "--workspace-folder",
+        str(workspace.folder),
+        "--config",
+        str(workspace.folder / ".devcontainer/cpu/devcontainer.json"),
+    ]
     variables = {**workspace.variables}
     up = run(devcontainer, "up", *where, cwd=workspace.folder, **variables)
     outcome = json.loads(up.stdout.strip().splitlines()[-1])
     assert outcome["outcome"] == "success"
     assert outcome["remoteWorkspaceFolder"] == "/topeka"
-    done = run(devcontainer, "exec", *where, "make", "grade", "CH=1", "CODE=solutions", cwd=workspace.folder, **variables)
+    done = run(
+        devcontainer,
+        "exec",
+        *where,
+        "make",
+        "grade",
+        "CH=1",
+        "CODE=solutions",
+        cwd=workspace.folder,
+        **variables,
+    )
     assert "All 4 verified." in done.stdout
     user = run(devcontainer, "exec", *where, "id", "-u", cwd=workspace.folder, **variables)
     assert user.stdout.strip().endswith(str(UID))
