@@ -1,6 +1,5 @@
 """Tests of ch02/lab03. Oracles: PyTorch's activations in float64, Hugging Face's LlamaMLP, closed forms."""
 
-import importlib
 import inspect
 import math
 import sys
@@ -588,14 +587,47 @@ def test_layers_work_on_the_device_of_their_input(randn, device):
 # --- Part 3: Hugging Face ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def llama():
-    """Hugging Face's Llama, imported only where a test compares with it."""
-    return importlib.import_module("transformers.models.llama.modeling_llama")
+def wave(*shape, phase=0.0):
+    """The tensors with which Hugging Face's outputs below were recorded."""
+    angles = 1.7 * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64) + phase
+    return torch.sin(angles).reshape(shape)
 
 
+# Recorded in float64 from transformers 5.16.1, whose import takes longer than all the tests here. The
+# test marked slow compares with the live library (pytest --slow).
+# LlamaMLP with hidden_size 6 and intermediate_size 10: y at [1]
+HF_Y = [
+    [5.5903078290, -2.3100683782, -4.3190155769, 4.6869378647, 1.7396686407, -5.6443239252],
+    [-2.8195540771, 11.7828790484, -3.6648785846, -9.7659985987, 9.0393681322, 4.7913931804],
+    [-11.4791157619, 3.2650735336, 9.6822586969, -8.5934787795, -4.9530380840, 11.3192677648],
+]
+# and the gradient of y.sum() with respect to x, at [1]
+HF_GRAD_X = [
+    [-3.6954532787, 4.7339309954, 2.4755713884, -5.3718584827, -1.0913026092, 5.6530751483],
+    [5.7800705180, -1.0937660952, -5.4982190392, 2.5105965985, 4.8512659409, -3.7607144122],
+    [-3.9918938398, -5.6300495093, 5.4426956036, 4.2275267840, -6.5320827048, -2.5442809984],
+]
+
+
+def test_layers_agree_with_hugging_face_llama():
+    state = {
+        "gate_proj.weight": wave(10, 6),
+        "up_proj.weight": wave(10, 6, phase=1.0),
+        "down_proj.weight": wave(6, 10, phase=2.0),
+    }
+    x = wave(2, 3, 6, phase=3.0).requires_grad_()
+    y = load(GatedMLP(6, 10), state)(x)
+    hint = "differs from LlamaMLP with the same weights"
+    assert_close(y[1], torch.tensor(HF_Y, dtype=torch.float64), atol=1e-8, name="y[1]", hint=hint)
+    (grad_x,) = gradients(y, [x], torch.ones_like(y))
+    expected = torch.tensor(HF_GRAD_X, dtype=torch.float64)
+    assert_close(grad_x[1], expected, atol=1e-8, name="the gradient of x at [1]", hint=hint)
+
+
+@pytest.mark.slow
 @BIASES
-def test_llama_agrees_on_outputs_and_gradients(randn, llama, bias):
+def test_live_llama_agrees_on_outputs_and_gradients(randn, bias):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = llama.LlamaConfig(hidden_size=12, intermediate_size=34, mlp_bias=bias, num_attention_heads=3)
     theirs = llama.LlamaMLP(config).double()
     state = gated_state(randn, 12, 34, bias)
@@ -603,11 +635,11 @@ def test_llama_agrees_on_outputs_and_gradients(randn, llama, bias):
     mine = load(GatedMLP(12, 34, bias=bias), state)
     x, upstream = randn(2, 5, 12).requires_grad_(), randn(2, 5, 12)
     y, expected = mine(x), theirs(x)
-    hint = "differs from LlamaMLP with the same weights"
+    hint = "differs from the installed LlamaMLP with the same weights"
     assert_close(y, expected, atol=1e-12, name="y", hint=hint)
-    named, wanted = dict(mine.named_parameters()), dict(theirs.named_parameters())
-    actual = gradients(y, [x, *(named[name] for name in state)], upstream)
-    for name, a, e in zip(
-        ("x", *state), actual, gradients(expected, [x, *(wanted[n] for n in state)], upstream), strict=True
-    ):
+    results = []
+    for module, out in ((mine, y), (theirs, expected)):
+        parameters = dict(module.named_parameters())
+        results.append(gradients(out, [x, *(parameters[name] for name in state)], upstream))
+    for name, a, e in zip(("x", *state), *results, strict=True):
         assert_close(a, e, atol=1e-12, name=f"the gradient of {name}", hint=hint)
