@@ -1,18 +1,25 @@
-# Two commands are enough: `make lab CH=1` and `make test`. Both make .venv first.
+# Two commands are enough: `make lab CH=1` and `make test`.
+#
+# Without Docker, or with SANDBOX=local, the first call makes .venv. With a Docker Engine `make lab` starts the
+# workspace's container instead. Inside that container the environment is the image's own, TOPEKA_VENV.
 
 CODE ?= src
+STACK ?= cpu
+PROFILE ?= cpu
+VENV := $(or $(TOPEKA_VENV),.venv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab stop grade test lint check lock clean
+.PHONY: help setup lab up stop logs shell images grade test test-containers lint check lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## show this list
-	@sed -nE 's/^([a-z]+):[^#]*## (\([^)]*\) )?(.*)/  make \1|\2|\3/p' Makefile | tr -d '()' | \
-	  awk -F '|' '{ printf "%-38s %s\n", $$1 " " $$2, $$3 }'
+	@sed -nE 's/^([a-z-]+):[^#]*## (\([^)]*\) )?(.*)/  make \1|\2|\3/p' Makefile | tr -d '()' | \
+	  awk -F '|' '{ printf "%-46s %s\n", $$1 " " $$2, $$3 }'
 
 # Nothing to do takes one start of Python. Otherwise the first Python that is new enough makes .venv.
 setup: ## (PYTHON=python3.12) make .venv and install everything into it; does nothing twice
-	@if [ -z "$(PYTHON)" ] && .venv/bin/python -IS scripts/setup_env.py --check 2>/dev/null; then exit 0; fi; \
+	@if [ -n "$(TOPEKA_VENV)" ]; then exit 0; fi; \
+	if [ -z "$(PYTHON)" ] && .venv/bin/python -IS scripts/setup_env.py --check 2>/dev/null; then exit 0; fi; \
 	for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3); do \
 	  if "$$python" -IS -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    exec "$$python" -I scripts/setup_env.py; \
@@ -22,26 +29,46 @@ setup: ## (PYTHON=python3.12) make .venv and install everything into it; does no
 	  "Install it (Debian 12: apt install python3 python3-venv; macOS: brew install python@3.11)," \
 	  "or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 3
 
-lab: setup ## (CH=1 [NO_SERVE=1]) begin a chapter: JupyterLab, its labs, your next step
-	@.venv/bin/topeka lab "$(or $(CH),$(error which chapter? make lab CH=1))" $(if $(NO_SERVE),--no-serve)
+lab: ## (CH=1 [NO_SERVE=1] [SANDBOX=local]) begin a chapter: JupyterLab, its labs, your next step
+	@chapter="$(or $(CH),$(error which chapter? make lab CH=1))"; \
+	if [ -z "$(NO_SERVE)$(TOPEKA_VENV)" ] && [ "$(SANDBOX)" != local ] && python3 scripts/workspace.py usable 2>/dev/null; then \
+	  exec python3 scripts/workspace.py lab "$$chapter"; \
+	fi; \
+	$(MAKE) setup && exec $(VENV)/bin/topeka lab "$$chapter" $(if $(NO_SERVE),--no-serve)
 
-stop: setup ## end JupyterLab
-	@.venv/bin/topeka stop
+up: ## ([PROFILE=gpu]) start the containers of cpu, gpu or multi-gpu, and print their addresses
+	@python3 scripts/workspace.py up "$(PROFILE)"
+
+stop: ## end JupyterLab and the containers; your files and settings stay
+	@if [ -x $(VENV)/bin/topeka ]; then $(VENV)/bin/topeka stop; fi
+	@if [ -z "$(TOPEKA_VENV)" ] && python3 scripts/workspace.py usable 2>/dev/null; then python3 scripts/workspace.py stop; fi
+
+logs: ## show what the containers said
+	@python3 scripts/workspace.py logs
+
+shell: ## a terminal in the workspace's container
+	@python3 scripts/workspace.py shell
+
+images: ## ([STACK=cuda]) build the images of cpu, cuda or multi-gpu
+	@scripts/images.sh "$(STACK)"
 
 grade: setup ## (CH=1 [CODE=solutions]) grade a chapter, your code or the solutions
-	@.venv/bin/topeka grade "$(or $(CH),$(error which chapter? make grade CH=1))" --code "$(CODE)"
+	@$(VENV)/bin/topeka grade "$(or $(CH),$(error which chapter? make grade CH=1))" --code "$(CODE)"
 
 test: setup ## run the packages' own tests, and every lab's tests against its solution
-	@.venv/bin/python -m pytest shared/tests grader/tests labs --code solutions
+	@$(VENV)/bin/python -m pytest shared/tests grader/tests labs --code solutions
+
+test-containers: setup ## test images, compose, code-server, JupyterLab and the devcontainer for real
+	@scripts/test_containers.sh
 
 lint: setup ## check formatting, types, and that SYLLABUS.md is up to date
-	@.venv/bin/ruff format --check --quiet .
-	@.venv/bin/ruff check --quiet .
-	@.venv/bin/mypy
-	@.venv/bin/topeka syllabus --check
+	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/topeka syllabus --check
 
 check: setup ## for authors: skeletons fail, solutions pass, misconceptions are caught
-	@.venv/bin/topeka check all
+	@$(VENV)/bin/topeka check all
 
 lock: setup ## resolve docker/requirements anew from the pyproject files
 	@scripts/lock.sh

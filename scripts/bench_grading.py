@@ -1,8 +1,8 @@
-"""How long grading takes: bare pytest, the local sandbox cold and warm, and the whole of `make check`.
+"""How long grading takes: bare pytest, the sandboxes cold and warm, and the whole of `make check`.
 
     .venv/bin/python scripts/bench_grading.py [--runs 10] [--lab ch01/lab01] [--skip-check]
 
-The three ways of grading take turns, so that a change of the machine's speed meets all of them;
+The ways of grading take turns, so that a change of the machine's speed meets all of them;
 medians are reported, and ratios pair by pair. Every run grades the lab's own solution and must
 verify it.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from grader.catalog import load
 from grader.grading import grade_lab
 from grader.report import Status
+from grader.sandbox.docker import DockerSandbox, is_available
 from grader.sandbox.local import LocalSandbox
 from grader.submission import read_code
 
@@ -63,14 +64,32 @@ def main() -> None:
         "local sandbox, cold": sandbox_cold,
         "local sandbox, warm": sandbox_warm,
     }
+    contained: DockerSandbox | None = None
+    if is_available("cpu"):
+        contained = DockerSandbox("cpu", preload=lab.preload)
+
+        def docker_warm(sandbox: DockerSandbox = contained) -> None:
+            report = grade_lab(catalog, lab, sandbox, code, cache=cache)
+            assert report.status is Status.VERIFIED, report.reason
+
+        def docker_cold() -> None:
+            with DockerSandbox("cpu", preload=lab.preload) as sandbox:
+                report = grade_lab(catalog, lab, sandbox, code, cache=cache)
+            assert report.status is Status.VERIFIED, report.reason
+
+        ways |= {"docker sandbox, cold": docker_cold, "docker sandbox, pool warm": docker_warm}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(arguments.runs + 1):
         for name, way in ways.items():
+            if contained is not None:
+                contained.wait_until_warm()  # so that no container starts while another way is timed
             started = time.perf_counter()
             way()
             if run:  # the first round warms file caches
                 seconds[name].append(time.perf_counter() - started)
     warm.close()
+    if contained is not None:
+        contained.close()
 
     described = machine.describe()
     print(

@@ -43,7 +43,7 @@ def test_grading_the_solutions_verifies_all_and_exits_with_0(course):
     milestone = report["labs"][1]["milestones"][0]
     assert (milestone["value"], milestone["target"], milestone["reached"]) == (0.0, 1e-5, True)
     assert report["isolation"] | {"note": ""} == {
-        "sandbox": "local", "isolated": False, "note": "", "image_digest": None,
+        "sandbox": "local", "isolated": False, "note": "", "image_digest": None, "flags": [],
     }  # fmt: skip
     assert report["machine"]["libraries"]["torch"]
 

@@ -132,16 +132,42 @@ def _statuses(state: "State") -> "dict[str, Status]":
     return {lab: attempt.report.status for lab, attempt in state.last_by_lab().items()}
 
 
-def _sandbox(name: SandboxName, threads: int | None = None) -> "Sandbox":
-    if name is SandboxName.DOCKER:
-        raise TopekaError(
-            "the docker sandbox is not part of this version; use --sandbox local", COULD_NOT_RUN
-        )
+def _local_sandbox() -> "Sandbox":
     from grader.sandbox.local import LocalSandbox
 
-    sandbox = LocalSandbox(threads=threads)
+    sandbox = LocalSandbox()
     sandbox.start()
     return sandbox
+
+
+def _sandbox(name: SandboxName, stack: StackName | None, labs: "Sequence[Lab]") -> "tuple[Sandbox, str]":
+    """Return the sandbox to grade `labs` in, started, and its stack.
+
+    Docker takes the largest stack among the labs' whose image the engine has, or exactly `stack`.
+    """
+    from grader.sandbox import neighbour
+
+    if name is not SandboxName.LOCAL and (path := neighbour.socket_path()):
+        return neighbour.NeighbourSandbox(path), _local_stack(stack)
+    order = list(StackName)
+    largest = max((StackName(lab.stack) for lab in labs), key=order.index, default=StackName.CPU)
+    wanted = [stack] if stack else list(dict.fromkeys([largest, StackName.CPU]))
+    if name is not SandboxName.LOCAL and _may_have_engine(name):
+        from grader.sandbox import docker
+
+        there = [s for s in wanted if docker.is_available(s)]
+        if there or name is SandboxName.DOCKER:
+            sandbox = docker.DockerSandbox(
+                (there or wanted)[0], preload=labs[0].preload if labs else ("torch",)
+            )
+            sandbox.start()
+            return sandbox, (there or wanted)[0]
+    return _local_sandbox(), _local_stack(stack)
+
+
+def _may_have_engine(name: SandboxName) -> bool:
+    # Asking for an engine takes longer than a lab's tests; where there can be none, nobody waits.
+    return name is SandboxName.DOCKER or "DOCKER_HOST" in os.environ or Path("/var/run/docker.sock").exists()
 
 
 def _local_stack(wanted: StackName | None) -> str:
@@ -216,7 +242,12 @@ def _print_next(console: "Console", catalog: "Catalog", state: "State") -> None:
 def grade(
     targets: Targets,
     code: Code = "src",
-    sandbox: Annotated[SandboxName, typer.Option(help="where to run the tests")] = SandboxName.AUTO,
+    sandbox: Annotated[
+        SandboxName,
+        typer.Option(
+            envvar="TOPEKA_SANDBOX", help="where to run the tests; auto: docker if its image is there"
+        ),
+    ] = SandboxName.AUTO,
     stack: Annotated[StackName | None, typer.Option(help="require this stack")] = None,
     json_to: Annotated[
         str | None,
@@ -243,8 +274,7 @@ def grade(
         print(note, file=sys.stderr)
     for lab in labs:  # a wrong --code is said before anything starts
         read_code(lab, code_folder(lab, code))
-    here = _local_stack(stack)
-    where = _sandbox(sandbox)
+    where, here = _sandbox(sandbox, stack, labs)
     try:
         with _Progress(_console_for_progress(json_to)) as progress:
             report = grade_labs(
@@ -364,7 +394,7 @@ def watch(targets: Targets) -> None:
     if not labs:
         raise TopekaError(f"{' '.join(targets)}: planned and not yet written")
     state, console = _state(catalog), _console()
-    here, sandbox = _local_stack(None), _sandbox(SandboxName.LOCAL)
+    here, sandbox = _local_stack(None), _local_sandbox()
 
     def again(changed: "Sequence[Lab]") -> None:
         started = time.monotonic()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from grader.catalog import Catalog, Lab
 from grader.runner.protocol import Job, Limits
-from grader.sandbox import Sandbox, SandboxFailed
+from grader.sandbox import Isolation, Sandbox, SandboxFailed
 from grader.submission import pack, read_code
 
 
@@ -51,7 +51,11 @@ def expected_tests(
     Raises:
         SandboxFailed: the tests cannot be collected even with the solution.
     """
-    kept = cache / f"{lab.path.parent.name}-{lab.path.name}-{_key(catalog, lab)}.json" if cache else None
+    kept = None
+    if cache:
+        kept = (
+            cache / f"{lab.path.parent.name}-{lab.path.name}-{_key(catalog, lab, sandbox().isolation)}.json"
+        )
     if kept is not None:
         try:
             return _TESTS.validate_json(kept.read_bytes())
@@ -87,10 +91,12 @@ def _collect(catalog: Catalog, lab: Lab, sandbox: Sandbox) -> tuple[ExpectedTest
     return tests
 
 
-def _key(catalog: Catalog, lab: Lab) -> str:
+def _key(catalog: Catalog, lab: Lab, place: Isolation) -> str:
     import shared
 
-    digest = hashlib.sha256(f"{platform.python_version()} {lab!r}".encode())
+    # An image stands for everything in it; here the interpreter does.
+    environment = place.image_digest or platform.python_version()
+    digest = hashlib.sha256(f"{environment} {lab!r}".encode())
     folders = [lab.path / "tests", lab.path / "solutions", Path(shared.__file__).parent]
     files = [f for folder in folders for f in sorted(folder.rglob("*.py"))]
     for file in [catalog.root / "pyproject.toml", *files]:

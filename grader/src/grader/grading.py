@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from grader import diagnosis, machine, misconceptions
+from grader import diagnosis, misconceptions
 from grader.catalog import Catalog, Lab
 from grader.expected import ExpectedTest, expected_tests
 from grader.report import LabReport, MilestoneResult, Outcome, Report, Status, TestResult
@@ -71,7 +71,7 @@ def grade(
         code=code,
         stack=stack,
         isolation=sandbox.isolation,
-        machine=machine.describe(),
+        machine=sandbox.machine,
         commit=_commit(catalog.root),
         labs=tuple(reports),
         seconds=round(time.monotonic() - started, 3),

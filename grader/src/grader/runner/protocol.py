@@ -8,7 +8,7 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 
 | event | keys | from |
 |---|---|---|
-| `ready` | `pid` | runner, once |
+| `ready` | `pid`, `machine` | runner, once |
 | `started` | `job` | runner |
 | `collected` | `tests`: [{`name`, `slow`}] | child |
 | `collect_error` | `file`, `message`, `code_under_test` | child |
@@ -25,7 +25,7 @@ inside `finished`.
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 Event = dict[str, Any]
 
@@ -81,7 +81,17 @@ class Job:
     limits: Limits = field(default_factory=Limits)
 
 
-def send_job(stream: IO[bytes], job: Job, tar: bytes) -> None:
+class Sink(Protocol):
+    """Where a job can be written to: a pipe, or a stream to a container."""
+
+    def write(self, data: bytes, /) -> object:
+        """Write all of `data`."""
+
+    def flush(self) -> object:
+        """Send what is buffered."""
+
+
+def send_job(stream: Sink, job: Job, tar: bytes) -> None:
     """Write a job and its tar."""
     header = {"job": dataclasses.asdict(job), "tar_bytes": len(tar)}
     stream.write(json.dumps(header).encode() + b"\n")

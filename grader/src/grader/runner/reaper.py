@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -21,6 +23,22 @@ def adopt_orphans() -> None:
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies (Linux)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def hide() -> None:
+    """Keep other processes of this user out of this one's memory and descriptors (Linux).
+
+    Without it a job could open /proc/PID/fd of its parent and write events of its own.
+    """
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def be_first_to_go() -> None:
+    """Undo `hide` in a forked child, and have the kernel choose the child when memory runs out (Linux)."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # /proc may be read-only; then the kernel chooses by size
+            Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def count_descendants() -> int:

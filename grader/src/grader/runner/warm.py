@@ -24,9 +24,12 @@ from typing import IO, NoReturn
 
 import psutil
 
+from grader import machine
 from grader.runner import child, reaper
 from grader.runner.protocol import CHILD_EVENTS, Event, Job, ProtocolError, receive_job
 
+# A job's tar is made by `grader.submission.pack` from source files; anything larger is none of ours.
+_MAX_FILES, _MAX_BYTES = 5_000, 256 << 20
 # A child's event line longer than this is no event of ours.
 _MAX_EVENT_BYTES = 1 << 20
 _WORK_PREFIX = "topeka-job-"
@@ -42,12 +45,13 @@ class WarmParent:
     def serve(self, preload: Sequence[str]) -> None:
         """Import `preload`, say `ready`, and run jobs until `jobs` ends."""
         reaper.adopt_orphans()
+        reaper.hide()
         _sweep_left_overs()
-        _import(("shared.plugin", "_pytest.pytester", *preload))  # what the course's conftest.py loads
-        self._send(event="ready", pid=os.getpid())
+        import_all(("shared.plugin", "_pytest.pytester", *preload))  # what the course's conftest.py loads
+        self._send(event="ready", pid=os.getpid(), machine=machine.describe().model_dump(mode="json"))
         while (received := receive_job(self._jobs)) is not None:
             job, tar = received
-            _import(job.preload)
+            import_all(job.preload)
             self._send(event="started", job=job.id)
             self._run(job, tar)
 
@@ -59,7 +63,10 @@ class WarmParent:
     def _run(self, job: Job, tar: bytes) -> None:
         work = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
         try:
-            _extract(tar, work)
+            try:
+                _extract(tar, work)
+            except (tarfile.TarError, ValueError, OSError) as error:
+                raise ProtocolError(f"not the tar of a job: {error}") from error
             event_read, event_write = os.pipe()
             output_read, output_write = os.pipe()
             gc.freeze()
@@ -83,6 +90,7 @@ class WarmParent:
         try:
             os.setsid()
             reaper.die_with_parent()
+            reaper.be_first_to_go()
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.close(null)
@@ -225,8 +233,14 @@ def _extract(tar: bytes, folder: Path) -> None:
 
     By hand, since tarfile's own filters came with Python 3.11.4 and Debian 12 has 3.11.2.
     """
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        for member in archive:
+    total = 0
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:  # never compressed
+        for count, member in enumerate(archive):
+            total += member.size
+            if count >= _MAX_FILES or total > _MAX_BYTES:
+                raise ProtocolError(
+                    f"the tar holds more than {_MAX_FILES:,} files or {_MAX_BYTES >> 20} MiB: no job of ours"
+                )
             path = PurePosixPath(member.name)
             content = archive.extractfile(member) if member.isreg() else None
             if content is None or path.is_absolute() or ".." in path.parts:
@@ -244,7 +258,8 @@ def _is_child_event(line: bytes) -> bool:
     return isinstance(event, dict) and event.get("event") in CHILD_EVENTS
 
 
-def _import(modules: Sequence[str]) -> None:
+def import_all(modules: Sequence[str]) -> None:
+    """Import `modules`; one that this machine lacks is left to the tests."""
     for name in modules:
         # A module this machine lacks is the tests' business; they name it in their own error.
         with contextlib.suppress(ImportError):

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from grader.machine import Machine
 from grader.runner.protocol import Event, Job
 
 
@@ -16,6 +17,7 @@ class Isolation(BaseModel):
         isolated: whether the code under test was kept from the machine and from its oracle.
         note: in words.
         image_digest: of the container image, where there was one.
+        flags: what kept the code in: `no network`, `read-only root` and so on; empty where nothing did.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -24,6 +26,7 @@ class Isolation(BaseModel):
     isolated: bool
     note: str
     image_digest: str | None = None
+    flags: tuple[str, ...] = ()
 
 
 class SandboxFailed(Exception):
@@ -36,6 +39,10 @@ class Sandbox(Protocol):
     @property
     def isolation(self) -> Isolation:
         """What the report says about this sandbox."""
+
+    @property
+    def machine(self) -> Machine:
+        """The machine as the code under test saw it, after the first job."""
 
     def run(self, job: Job, tar: bytes) -> Iterator[Event]:
         """Run a job; yields its events, the last of them `finished`.

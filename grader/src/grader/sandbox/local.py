@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO, Self
 
+from grader.machine import Machine, describe
 from grader.runner.protocol import Event, Job, send_job
 from grader.sandbox import Isolation, SandboxFailed
 
@@ -31,6 +32,11 @@ class LocalSandbox:
         self._preload = preload
         self._process: subprocess.Popen[bytes] | None = None
         self._events: IO[bytes] | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """This machine."""
+        return describe()
 
     def __enter__(self) -> Self:
         return self

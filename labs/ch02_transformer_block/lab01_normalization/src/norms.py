@@ -89,6 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tens
     """
     # YOUR CODE HERE
     # As layer_norm, with one statistic less. A square in float16 overflows from 256 on: widen first.
+    # eps goes under the root again, and only y is rounded to the dtype of x.
     raise NotImplementedError("RMSNorm, forward")
 
 
@@ -108,6 +109,7 @@ def rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rrms: Tens
     """
     # YOUR CODE HERE
     # As layer_norm_backward. Which of the three ways from x_hat to x is gone?
+    # x_hat is x * rrms here; the rest keeps its form.
     raise NotImplementedError("RMSNorm, backward by hand")
 
 
@@ -157,13 +159,15 @@ class RMSNormFunction(torch.autograd.Function):
         """
         # YOUR CODE HERE
         # The same as in LayerNormFunction, with the tensors that rms_norm_backward wants.
+        # Return y alone: rms_norm gives you two results.
         raise NotImplementedError("forward of RMSNormFunction")
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return one gradient for every argument of `forward`: x, weight, and None for eps."""
         # YOUR CODE HERE
-        # How many arguments did forward take, without ctx?
+        # Call your rms_norm_backward with ctx.saved_tensors.
+        # How many arguments did forward take, without ctx? One result for each.
         raise NotImplementedError("backward of RMSNormFunction")
 
 
@@ -184,12 +188,14 @@ class LayerNorm(nn.Module):
         super().__init__()
         # YOUR CODE HERE
         # Two parameters with the names, shapes and first values of the docstring, and eps.
+        # nn.Parameter around a tensor makes it one.
         raise NotImplementedError("the parameters of LayerNorm")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, (..., D)."""
         # YOUR CODE HERE
         # Through LayerNormFunction.apply, which takes positional arguments only.
+        # Calling layer_norm would be differentiated by autograd, and your backward never used.
         raise NotImplementedError("LayerNorm by LayerNormFunction")
 
 
@@ -209,10 +215,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         # YOUR CODE HERE
         # One parameter, and eps.
+        # What must it be at first, so that x_hat comes out as it is?
         raise NotImplementedError("the parameter of RMSNorm")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x, (..., D)."""
         # YOUR CODE HERE
         # Through RMSNormFunction.apply.
+        # In which order did its forward take the arguments?
         raise NotImplementedError("RMSNorm by RMSNormFunction")

@@ -111,6 +111,12 @@ def compare_gradients(actual, expected, atol, rtol=0.0, hint=""):
         assert_close(a, e, atol=atol, rtol=rtol, name=name, hint=hint)
 
 
+def check_precision(statistic, dtype, name):
+    assert statistic.dtype == dtype, (
+        f"{name} has {statistic.dtype}, expected {dtype}: float64 for float64 inputs, else float32"
+    )
+
+
 # --- layer_norm --------------------------------------------------------------------------------
 
 
@@ -194,6 +200,8 @@ def test_layer_norm_returns_mean_and_rstd(randn, dtype, shape):
     weight, bias = (p.to(dtype) for p in parameters("LayerNorm", randn, shape[-1]))
     _, mean, rstd = layer_norm(x, weight, bias, 0.1)
     expected = layer_statistics(x, 0.1)
+    check_precision(mean, dtype, "mean")
+    check_precision(rstd, dtype, "rstd")
     assert_close(mean, expected[0], atol=atol, name="mean", hint=STATISTICS)
     assert_close(rstd, expected[1], atol=atol, name="rstd", hint=STATISTICS)
 
@@ -205,6 +213,8 @@ def test_layer_norm_of_half_precision_computes_in_float32(randn, dtype, roundoff
     y, mean, rstd = layer_norm(x, weight, bias, 1e-5)
     assert y.dtype == dtype, f"y should have the dtype of x, {dtype}, but has {y.dtype}"
     expected = layer_statistics(x, 1e-5)
+    check_precision(mean, torch.float32, "mean")
+    check_precision(rstd, torch.float32, "rstd")
     assert_close(mean, expected[0], atol=0, rtol=1e-5, name="mean", hint="compute mean and rstd in float32")
     assert_close(rstd, expected[1], atol=0, rtol=1e-5, name="rstd", hint="compute mean and rstd in float32")
     hint = "round y once, at the end: x - mean, the product with rstd, weight and bias stay in float32"
@@ -340,6 +350,7 @@ def test_rms_norm_of_one_feature(randn):
 def test_rms_norm_returns_rrms(randn, dtype, shape):
     x, atol = (3 * randn(*shape) - 1).to(dtype), 1e-12 if dtype == torch.float64 else 2e-6
     _, rrms = rms_norm(x, *parameters("RMSNorm", randn, shape[-1], dtype), 0.1)
+    check_precision(rrms, dtype, "rrms")
     hint = "rrms = 1 / sqrt(mean of x^2 over the last axis + eps), with keepdim=True"
     assert_close(rrms, rms_statistics(x, 0.1), atol=atol, name="rrms", hint=hint)
 
@@ -350,6 +361,7 @@ def test_rms_norm_of_half_precision_computes_in_float32(randn, dtype, roundoff):
     (weight,) = parameters("RMSNorm", randn, 90, dtype)
     y, rrms = rms_norm(x, weight, 1e-5)
     assert y.dtype == dtype, f"y should have the dtype of x, {dtype}, but has {y.dtype}"
+    check_precision(rrms, torch.float32, "rrms")
     assert_close(
         rrms, rms_statistics(x, 1e-5), atol=0, rtol=1e-5, name="rrms", hint="compute rrms in float32"
     )
@@ -477,6 +489,19 @@ def test_both_backwards_leave_their_inputs_alone(randn, kind):
         assert torch.equal(now, then), "an input of the backward was modified (-= or mul_?)"
 
 
+@BOTH
+def test_both_stay_on_the_device_of_their_inputs(randn, device, kind):
+    weights = parameters(kind, randn, 7)
+    g, x = randn(2, 3, 7), randn(2, 3, 7)
+    inputs = [t.to(device).requires_grad_() for t in (x, *weights)]
+    y = function(kind).apply(*inputs, 0.1)
+    hint = "a tensor you make yourself must be made on the device of x"
+    assert y.device == inputs[0].device, f"y is on {y.device}, x on {inputs[0].device}"
+    assert_close(y, oracle(kind, x, *weights, eps=0.1), atol=1e-12, name="y", hint=hint)
+    expected = oracle_gradients(kind, g, x, *weights, eps=0.1)
+    compare_gradients(gradients(y, inputs, g.to(device)), expected, 1e-12, hint=hint)
+
+
 # --- the autograd Functions ------------------------------------------------------------------------
 
 
@@ -541,6 +566,11 @@ def test_function_never_uses_what_was_changed_after_the_forward(randn, kind, cha
 # --- the modules ------------------------------------------------------------------------------------
 
 
+def trained(kind, module):
+    """The module's parameters in the order of the Function's arguments, whatever order it made them in."""
+    return [module.weight, module.bias] if kind == "LayerNorm" else [module.weight]
+
+
 def build(kind, D, *eps):
     return LayerNorm(D, *eps) if kind == "LayerNorm" else RMSNorm(D, *eps)
 
@@ -575,8 +605,8 @@ def test_module_matches_pytorch_with_its_state_dict(randn, kind):
     x, g = randn(2, 5, 7).requires_grad_(), randn(2, 5, 7)
     y, expected = module(x), reference(x)
     assert_close(y, expected, atol=1e-12, name="y", hint="does forward use weight, bias and self.eps?")
-    actual = gradients(y, (x, *module.parameters()), g)
-    compare_gradients(actual, gradients(expected, (x, *reference.parameters()), g), 1e-12)
+    actual = gradients(y, (x, *trained(kind, module)), g)
+    compare_gradients(actual, gradients(expected, (x, *trained(kind, reference)), g), 1e-12)
 
 
 @pytest.mark.parametrize("eps", [None, 0.5])
@@ -601,10 +631,10 @@ def test_module_goes_through_the_function(randn, kind):
     assert name == f"{kind}FunctionBackward", (
         f"y was made by {name}: call {kind}Function.apply, or autograd does your backward's work"
     )
-    start = [torch.ones(5), torch.zeros(5)][: len(list(module.parameters()))]
+    start = [torch.ones(5), torch.zeros(5)][: len(trained(kind, module))]
     g = randn(3, 5)
     expected = oracle_gradients(kind, g, x, *start, eps=module.eps)
-    compare_gradients(gradients(y, (x, *module.parameters()), g), expected, 1e-11)
+    compare_gradients(gradients(y, (x, *trained(kind, module)), g), expected, 1e-11)
 
 
 @HALVES
@@ -619,7 +649,7 @@ def test_module_trains_in_half_precision(randn, kind, dtype, roundoff):
     assert_close(y, expected, atol=1e-5, rtol=1.02 * roundoff, name="y")
     start = (ones, zeros) if kind == "LayerNorm" else (ones,)
     expected = oracle_gradients(kind, g, x, *start, eps=module.eps)
-    actual = gradients(y, (x, *module.parameters()), g)
+    actual = gradients(y, (x, *trained(kind, module)), g)
     hint = "are the statistics saved in float32?"
     compare_gradients(actual, expected, 1e-5, 1.02 * roundoff, hint)
 

@@ -97,15 +97,15 @@ def rope_tables(
         dtype: float32 or float64, of the results.
 
     Returns:
-        cos and sin, each (T, D / 2).
+        cos and sin, each (T, D / 2), on the device of `positions`.
 
     Raises:
         ValueError: head_dim is odd.
     """
     if head_dim % 2 != 0:
         raise ValueError(f"features are rotated in pairs: head_dim must be even, not {head_dim}")
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim  # 2i / D
-    angles = positions[:, None].double() * base**-exponents  # (T, D / 2)
+    pairs = torch.arange(head_dim // 2, dtype=torch.float64, device=positions.device)
+    angles = positions[:, None].double() * base ** (-2 * pairs / head_dim)  # (T, D / 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

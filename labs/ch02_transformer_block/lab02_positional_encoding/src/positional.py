@@ -100,7 +100,7 @@ def rope_tables(
         dtype: float32 or float64, of the results.
 
     Returns:
-        cos and sin, each (T, D / 2).
+        cos and sin, each (T, D / 2), on the device of `positions`.
 
     Raises:
         ValueError: head_dim is odd.
@@ -109,6 +109,7 @@ def rope_tables(
     # 1. Refuse an odd head_dim.
     # 2. Angles (T, D / 2), from the positions you are given, all in float64: at position 100,000
     #    a float32 angle is off by thousandths of a radian.
+    #    A tensor you make yourself belongs on the device of the positions.
     # 3. cos and sin, rounded to `dtype` at the end.
     raise NotImplementedError("cosines and sines of the rotation angles")
 

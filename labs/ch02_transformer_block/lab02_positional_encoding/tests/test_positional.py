@@ -267,9 +267,9 @@ def test_learned_keeps_no_count_between_calls(randn):
     x = randn(2, 3, 4)
     for offset in (0, 5, 0, 0):
         expected = x + weight[offset : offset + 3]
-        assert_close(
-            module(x, offset=offset), expected, atol=1e-12, hint="the offset alone says where x begins"
-        )
+        hint = "the offset alone says where x begins, 0 without one"
+        assert_close(module(x, offset=offset), expected, atol=1e-12, hint=hint)
+        assert_close(module(x[:, :1]), x[:, :1] + weight[0], atol=1e-12, hint=hint)
 
 
 def test_learned_gradients_reach_the_input_and_the_rows_in_use(randn):
@@ -523,6 +523,24 @@ def test_rotation_refuses_an_unknown_layout(randn):
     assert_close(apply_rope(x.clone(), *tables, "interleaved"), turn(x, [1, 2, 3], "interleaved"), atol=1e-12)
     for layout in ("quarter", "", "Half"):
         refuses(lambda name=layout: apply_rope(x.clone(), *tables, layout=name), f"layout {layout!r}")
+
+
+@LAYOUTS
+def test_rotation_works_on_the_device_of_its_input(randn, device, layout):
+    x, positions = randn(2, 3, 4, 6), torch.tensor([7, 8, 9, 10])
+    tables = rope_tables(positions.to(device), 6, dtype=torch.float64)
+    y = apply_rope(x.to(device), *tables, layout=layout)
+    hint = "a tensor you make yourself must be made on the device of the positions"
+    assert y.device.type == device, f"x and positions are on {device}, the result is on {y.device}"
+    assert_close(y, turn(x, positions.tolist(), layout), atol=1e-11, hint=hint)
+
+
+def test_learned_works_on_the_device_of_its_input(randn, device):
+    module, weight = learned(randn, 9, 4)
+    x = randn(2, 3, 4)
+    y = module.to(device)(x.to(device), offset=5)
+    assert y.device.type == device, f"x is on {device}, the result is on {y.device}"
+    assert_close(y, x + weight[5:8], atol=1e-12)
 
 
 # --- Part 2: from one layout to the other --------------------------------------------------

@@ -1,0 +1,438 @@
+"""Runs jobs in single-use containers of a stack's image, on any Docker Engine the client can reach.
+
+A container is started before it is needed: inside, a warm parent (`grader.runner`) has imported torch
+and waits on its standard input. It gets one job and is destroyed. Nothing of this machine is mounted,
+so the engine may be another host's (`DOCKER_HOST`).
+"""
+
+import contextlib
+import json
+import os
+import socket as sockets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import docker
+import psutil
+from docker.errors import APIError, DockerException, ImageNotFound
+from docker.models.containers import Container
+from docker.types import DeviceRequest, LogConfig, Ulimit
+from docker.utils.socket import STDOUT, frames_iter
+from requests.exceptions import RequestException
+
+from grader.errors import TopekaError
+from grader.machine import Machine
+from grader.runner.protocol import Event, Job, send_job
+from grader.sandbox import Isolation, SandboxFailed
+
+REPOSITORY = "topeka-sandbox"
+"""Of the sandbox images; the stack's name is the tag."""
+
+_LABEL, _CLIENT = "topeka.sandbox", "topeka.client"
+_UID = "10001:10001"  # owns nothing in the image
+_START = ["/opt/topeka/bin/start", "--stdio"]
+_READY_WITHIN_S = 120.0
+# What a job may take beyond its own limit before the container is killed from outside.
+_GRACE_S = 20.0
+_TAIL_BYTES = 4_000
+_FLAGS = (
+    "single-use container",
+    "no network",
+    "read-only root",
+    "no capabilities",
+    "no new privileges",
+    "non-root user",
+    "limits on memory, CPU, processes, files and time",
+)
+_ENGINE_ERRORS = (DockerException, RequestException, OSError)
+
+
+class EngineUnusable(TopekaError):
+    """No Docker Engine answers, or it lacks the stack's image; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ContainerLimits:
+    """What one container may use, whatever the job inside asks for.
+
+    Attributes:
+        memory_bytes: of the container, without swap; files in its memory count.
+        cpus: cores; None for all the engine has.
+        processes: processes and threads.
+        scratch_bytes: of its writable folder, /tmp.
+        shared_memory_bytes: of /dev/shm.
+    """
+
+    memory_bytes: int = 6 << 30
+    cpus: int | None = None
+    processes: int = 512
+    scratch_bytes: int = 1 << 30
+    shared_memory_bytes: int = 256 << 20
+
+
+GPU_LIMITS = ContainerLimits(
+    memory_bytes=64 << 30, processes=4096, scratch_bytes=8 << 30, shared_memory_bytes=8 << 30
+)
+
+
+@dataclass
+class _Warm:
+    """A started container and the stream to it."""
+
+    container: Container
+    stream: Any
+    preload: tuple[str, ...]
+    said: bytearray = field(default_factory=bytearray)  # the tail of what the runner printed
+    lines: Iterator[bytes] = field(init=False)  # of its event channel
+
+    def __post_init__(self) -> None:
+        self.lines = self._read()
+
+    def _read(self) -> Iterator[bytes]:
+        partial = b""
+        for stream, data in frames_iter(self.stream, tty=False):  # type: ignore[no-untyped-call]
+            if stream != STDOUT:
+                self.said += data
+                del self.said[:-_TAIL_BYTES]
+                continue
+            *lines, partial = (partial + data).split(b"\n")
+            yield from lines
+
+    def write(self, data: bytes) -> int:
+        """Write to its standard input."""
+        getattr(self.stream, "_sock", self.stream).sendall(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+class DockerSandbox:
+    """A pool of warm, single-use containers of one stack.
+
+    Args:
+        stack: `cpu`, `cuda` or `multi-gpu`.
+        threads: how many threads torch may use in each job; None for one per core of the container.
+        pool: how many containers wait at a time.
+        preload: modules that each imports before it waits.
+        limits: of each container.
+        image: instead of the stack's own.
+
+    Raises:
+        EngineUnusable: no engine answers, or the image is not there.
+    """
+
+    def __init__(
+        self,
+        stack: str = "cpu",
+        *,
+        threads: int | None = None,
+        pool: int = 1,
+        preload: Sequence[str] = ("torch", "numpy"),
+        limits: ContainerLimits | None = None,
+        image: str | None = None,
+    ) -> None:
+        self._image = image or f"{REPOSITORY}:{stack}"
+        self._stack = stack
+        self._limits = limits or (ContainerLimits() if stack == "cpu" else GPU_LIMITS)
+        self._threads = threads
+        self._pool_size = pool
+        self._preload = tuple(preload)
+        self._client = connect()
+        try:
+            found = self._client.images.get(self._image)
+            self._has_gpus = stack != "cpu" and "nvidia" in self._client.info().get("Runtimes", {})
+            self._cores = int(self._client.info()["NCPU"])
+        except ImageNotFound as error:
+            raise EngineUnusable(
+                f"the Docker Engine has no image {self._image}: build it with `make images STACK={stack}`, "
+                "or use --sandbox local"
+            ) from error
+        except _ENGINE_ERRORS as error:
+            raise EngineUnusable(f"the Docker Engine does not work: {error}") from error
+        self.isolation = Isolation(
+            sandbox="docker",
+            isolated=True,
+            note="isolated: each lab ran in a container of its own, without network and with limits",
+            image_digest=str(found.id),
+            flags=_FLAGS,
+        )
+        self._machine: Machine | None = None
+        self._starters = ThreadPoolExecutor(max_workers=max(1, pool), thread_name_prefix="container")
+        self._waiting: list[Future[_Warm]] = []
+        self._closed = False
+
+    @property
+    def machine(self) -> Machine:
+        """The machine as the last job saw it; before any job, one container is asked."""
+        if self._machine is None:
+            warm = self._take(self._preload)
+            self._destroy(warm)
+        assert self._machine is not None
+        return self._machine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Remove what dead clients left, and fill the pool without waiting for it."""
+        if not self._waiting:
+            sweep(self._client)
+        self._fill(self._preload)
+
+    def wait_until_warm(self) -> None:
+        """Fill the pool and wait until every container in it is ready.
+
+        Raises:
+            SandboxFailed: one could not be started.
+        """
+        self.start()
+        for waiting in self._waiting:
+            waiting.result()
+
+    def run(self, job: Job, tar: bytes) -> Iterator[Event]:
+        """Run a job in a container of its own; yields its events, the last of them `finished`.
+
+        Raises:
+            SandboxFailed: the container or the engine ended in the middle, or none could be started.
+        """
+        self.start()
+        warm = self._take(job.preload)
+        self._fill(job.preload)
+        overdue = threading.Event()
+
+        def kill() -> None:
+            overdue.set()
+            with contextlib.suppress(*_ENGINE_ERRORS):
+                warm.container.kill()
+
+        started = time.monotonic()
+        timer = threading.Timer(job.limits.timeout_s + _GRACE_S, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionError):  # the read below says why
+                send_job(warm, job, tar)
+            for line in warm.lines:
+                event: Event = json.loads(line)
+                yield event
+                if event["event"] == "finished":
+                    return
+            if overdue.is_set():
+                # The runner inside did not stop the job in time; the engine did.
+                yield _overdue(job, time.monotonic() - started)
+                return
+            raise SandboxFailed(f"the container ended in the middle of a job: {_last_words(warm)}")
+        except _ENGINE_ERRORS as error:
+            raise SandboxFailed(f"the Docker Engine went away in the middle of a job: {error}") from error
+        finally:
+            timer.cancel()
+            self._destroy(warm)
+
+    def close(self) -> None:
+        """Destroy every container of this sandbox."""
+        if self._closed:
+            return
+        self._closed = True
+        for waiting in self._waiting:
+            if not waiting.cancel():
+                with contextlib.suppress(SandboxFailed):
+                    self._destroy(waiting.result())
+        self._waiting.clear()
+        self._starters.shutdown()
+        self._client.close()
+
+    # --- containers --------------------------------------------------------------------------
+
+    def _fill(self, preload: tuple[str, ...]) -> None:
+        while len(self._waiting) < self._pool_size and not self._closed:
+            self._waiting.append(self._starters.submit(self._launch, preload))
+
+    def _take(self, preload: tuple[str, ...]) -> _Warm:
+        self._fill(preload)
+        trouble: SandboxFailed | None = None
+        for _ in range(self._pool_size + 2):
+            try:
+                warm = self._waiting.pop(0).result() if self._waiting else self._launch(preload)
+            except SandboxFailed as error:
+                trouble = error
+                continue
+            if _is_running(warm):
+                return warm
+            self._destroy(warm)  # died while it waited: the engine was restarted, say
+        raise trouble or SandboxFailed("containers end while they wait for a job")
+
+    def _launch(self, preload: tuple[str, ...]) -> _Warm:
+        limits = self._limits
+        cpus = min(limits.cpus or self._cores, self._cores)
+        mine = psutil.Process()
+        warm: _Warm | None = None
+        container: Container | None = None
+        try:
+            container = self._client.containers.create(
+                self._image,
+                entrypoint=_START,  # as the container's first process, which no other can kill or look into
+                command=[],
+                stdin_open=True,
+                user=_UID,
+                network_mode="none",
+                read_only=True,
+                tmpfs={"/tmp": f"rw,exec,nosuid,nodev,size={limits.scratch_bytes},mode=1777"},
+                cap_drop=["ALL"],
+                security_opt=["no-new-privileges"],
+                mem_limit=limits.memory_bytes,
+                memswap_limit=limits.memory_bytes,
+                nano_cpus=cpus * 1_000_000_000,
+                pids_limit=limits.processes,
+                shm_size=limits.shared_memory_bytes,
+                ulimits=[Ulimit(name="core", soft=0, hard=0), Ulimit(name="nofile", soft=4096, hard=4096)],
+                ipc_mode="private",
+                log_config=LogConfig(type="none"),
+                healthcheck={"test": ["NONE"]},
+                auto_remove=True,
+                device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if self._has_gpus else [],
+                environment={
+                    "OMP_NUM_THREADS": str(self._threads or cpus),
+                    "TOPEKA_PRELOAD": ",".join(dict.fromkeys((*self._preload, *preload))),
+                },
+                labels={_LABEL: self._stack, _CLIENT: _client_name(mine.pid, mine.create_time())},
+            )
+            stream = container.attach_socket(params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            container.start()
+            warm = _Warm(container, stream, preload)
+            self._machine = self._wait_until_ready(warm)
+            return warm
+        except _ENGINE_ERRORS as error:
+            if container is not None:
+                _remove(container)
+            raise SandboxFailed(f"no container of {self._image} could be started: {_words(error)}") from error
+        except SandboxFailed:
+            if warm is not None:
+                self._destroy(warm)
+            raise
+
+    def _wait_until_ready(self, warm: _Warm) -> Machine:
+        timer = threading.Timer(_READY_WITHIN_S, _remove, [warm.container])
+        timer.daemon = True
+        timer.start()
+        try:
+            for line in warm.lines:
+                event = json.loads(line)
+                if event["event"] == "ready":
+                    return Machine.model_validate(event["machine"])
+        finally:
+            timer.cancel()
+        raise SandboxFailed(f"a container ended before it was ready: {_last_words(warm)}")
+
+    def _destroy(self, warm: _Warm) -> None:
+        with contextlib.suppress(OSError):
+            warm.stream.close()
+        _remove(warm.container)
+
+
+def connect() -> docker.DockerClient:
+    """Return a client of the Docker Engine that DOCKER_HOST or the default socket names.
+
+    Raises:
+        EngineUnusable: none answers.
+    """
+    try:
+        client = docker.from_env(timeout=30)
+        client.ping()
+    except _ENGINE_ERRORS as error:
+        where = os.environ.get("DOCKER_HOST", "the default socket")
+        raise EngineUnusable(
+            f"no Docker Engine answers at {where} ({_words(error)}): start it, or use --sandbox local"
+        ) from error
+    return client
+
+
+def is_available(stack: str) -> bool:
+    """Whether an engine answers and has the stack's image."""
+    try:
+        client = docker.from_env(timeout=2)
+    except _ENGINE_ERRORS:
+        return False
+    try:
+        client.images.get(f"{REPOSITORY}:{stack}")
+    except _ENGINE_ERRORS:
+        return False
+    else:
+        return True
+    finally:
+        client.close()
+
+
+def sweep(client: docker.DockerClient) -> int:
+    """Remove containers whose client on this host is dead; return how many there were."""
+    removed = 0
+    host = sockets.gethostname()
+    with contextlib.suppress(*_ENGINE_ERRORS):
+        for container in client.containers.list(all=True, filters={"label": _LABEL}):
+            name, _, rest = container.labels.get(_CLIENT, "").partition(" ")
+            pid, _, born = rest.partition(" ")
+            if name == host and pid.isdecimal() and not _lives(int(pid), born):
+                _remove(container)
+                removed += 1
+    return removed
+
+
+def _client_name(pid: int, born: float) -> str:
+    return f"{sockets.gethostname()} {pid} {born:.2f}"
+
+
+def _lives(pid: int, born: str) -> bool:
+    try:
+        return f"{psutil.Process(pid).create_time():.2f}" == born
+    except psutil.Error:
+        return False
+
+
+def _is_running(warm: _Warm) -> bool:
+    try:
+        warm.container.reload()
+    except _ENGINE_ERRORS:
+        return False
+    return bool(warm.container.status == "running")
+
+
+def _remove(container: Container) -> None:
+    # Gone already, or being removed by the engine: either is what we want.
+    with contextlib.suppress(*_ENGINE_ERRORS):
+        container.remove(force=True)
+
+
+def _overdue(job: Job, seconds: float) -> Event:
+    return {
+        "event": "finished",
+        "job": job.id,
+        "end": "timeout",
+        "code": None,
+        "seconds": round(seconds, 6),
+        "peak_memory_bytes": None,
+        "output": "",
+        "output_cut": False,
+        "dropped": 0,
+        "processes_left": False,
+    }
+
+
+def _last_words(warm: _Warm) -> str:
+    text = warm.said.decode(errors="replace").strip()
+    state: dict[str, Any] = {}
+    with contextlib.suppress(*_ENGINE_ERRORS):
+        warm.container.reload()
+        state = warm.container.attrs["State"]
+    how = "out of memory" if state.get("OOMKilled") else f"exit status {state.get('ExitCode', 'unknown')}"
+    return f"{how}. {text.splitlines()[-1]}" if text else how
+
+
+def _words(error: BaseException) -> str:
+    return str(error.explanation if isinstance(error, APIError) and error.explanation else error)
