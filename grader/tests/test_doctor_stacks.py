@@ -16,6 +16,8 @@ from grader.terminal_doctor import print_stack
 from rich.console import Console
 from typer.testing import CliRunner
 
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "remote-gpu.md"
 STACKS: tuple[Stack, ...] = ("cpu", "cuda", "multi-gpu")
 IMAGES = frozenset(f"topeka-{kind}:{stack}" for kind in ("sandbox", "workspace") for stack in STACKS)
 SOCKET = "unix:///var/run/docker.sock"
@@ -89,6 +91,22 @@ def test_a_box_that_is_itself_a_container() -> None:
     assert "itself a container (/.dockerenv)" in note.detail
     assert "local sandbox, which is not isolated" in note.detail
     assert "no engine answers inside" in stack.lacks_in_docker[0]
+
+
+def test_a_workspace_grades_in_the_container_beside_it() -> None:
+    facts = _facts(_gpus(1), container="/.dockerenv")
+    around = facts.around.model_copy(update={"grader_socket": True})
+    stack = readiness("cuda", facts.model_copy(update={"around": around}))
+    assert [f.detail for f in stack.here if f.name == "sandbox"] == [
+        "tests run in the grader's container beside this one"
+    ]
+
+
+def test_inside_an_image_the_remedy_is_another_image() -> None:
+    facts = _facts(_gpus(1), torch="2.13.0+cpu", container="/.dockerenv")
+    image = facts.model_copy(update={"around": facts.around.model_copy(update={"image": "cpu"})})
+    assert readiness("cuda", facts).here[0].remedy == "TOPEKA_TORCH=pypi make setup"
+    assert readiness("cuda", image).here[0].remedy == "use the image topeka-workspace:cuda"
 
 
 def test_several_gpus_need_shared_memory() -> None:
@@ -166,8 +184,18 @@ def test_help_names_the_exit_status() -> None:
     assert "exit status is 0 if that stack is ready in this environment or in its container" in text
 
 
-def test_every_remedys_guide_is_there() -> None:
-    root = Path(__file__).resolve().parents[2]
-    guide = (root / "docs" / "remote-gpu.md").read_text()
-    for section in ("## 1. ", "## 3. "):  # the remedies name them by number
-        assert section in guide
+# --- the guide -------------------------------------------------------------------------------------
+
+
+def test_the_guide_has_the_sections_that_remedies_name() -> None:
+    for section in ("## 1. The driver", "## 3. NVIDIA Container Toolkit"):
+        assert section in GUIDE.read_text()
+
+
+def test_the_guide_explains_what_doctor_says() -> None:
+    table = GUIDE.read_text().split("| doctor says |")[1].split("\n\n")[0]
+    said = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    assert len(said) > 15
+    sources = " ".join(f.read_text() for f in (ROOT / "grader" / "src" / "grader" / "doctor").glob("*.py"))
+    from_docker = {"Cannot connect to the Docker daemon"}
+    assert {words for words in said if words not in sources} == from_docker

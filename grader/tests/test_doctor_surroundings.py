@@ -1,6 +1,7 @@
 """Where a process runs, read from real files: this machine's, and folders written as a machine's."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_nvidia_hardware_is_counted_on_the_bus(tmp_path: Path) -> None:
         f"{bus}/0000:00:02.0/class": "0x030000\n",
     }
     assert look_around(_write(tmp_path, files), {}).nvidia_hardware == 2
+
+
+def test_a_graders_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    said = {"TOPEKA_GRADER_SOCKET": "/run/grader.sock"}
+    assert not look_around(tmp_path, said).grader_socket
+    monkeypatch.chdir(tmp_path / "run")
+    with socket.socket(socket.AF_UNIX) as grader:
+        grader.bind("grader.sock")
+        assert look_around(tmp_path, said).grader_socket
+        assert not look_around(tmp_path, {}).grader_socket
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def _conclusion(stack: StackReadiness) -> str:
         return f"The {name} stack is not ready on this machine. {how}"
     ways = []
     if not stack.lacks_here:
-        ways.append("`topeka grade TARGET` verifies it in this environment, which is not isolated")
+        ways.append("`topeka grade TARGET` verifies it in this environment")
     if not stack.lacks_in_docker:
         ways.append(f"`make up PROFILE={_PROFILES[name]}` starts its container")
     return f"The {name} stack is ready: {'; '.join(ways)}."

@@ -9,7 +9,7 @@ from grader.doctor.answer import ask
 from grader.doctor.engine import SANDBOX_IMAGE, WORKSPACE_IMAGE, Engine, ask_engine
 from grader.doctor.finding import Finding, Frozen, State, ok, warning
 from grader.doctor.stacks import GPUS_OF, Facts, StackReadiness, find_compiler, readiness
-from grader.doctor.surroundings import look_around, shared_memory_finding
+from grader.doctor.surroundings import Surroundings, look_around, shared_memory_finding
 from grader.gpus import ask_nvml
 from grader.machine import Machine, describe
 
@@ -55,15 +55,17 @@ def examine(root: Path, catalog: Catalog | None = None) -> Findings:
             *environment.disks(root),
             environment.gpus(machine),
             *shared_memory_finding(around),
-            *_docker(engine),
+            *_docker(engine, around),
         )
     facts = Facts(machine=machine, nvml=nvml, around=around, engine=engine, compiler=find_compiler())
     stacks = tuple(readiness(stack, facts, catalog) for stack in GPUS_OF)
     return Findings(machine=machine, findings=findings, stacks=stacks)
 
 
-def _docker(engine: Engine) -> list[Finding]:
+def _docker(engine: Engine, around: Surroundings) -> list[Finding]:
     """Say what Docker adds; a learner can do without."""
+    if around.grader_socket:
+        return [ok("sandbox", "the grader's container beside this one")]
     without = "without {} tests run on this machine as your own user, which is not isolated"
     if not engine.version:
         return [warning("Docker Engine", engine.trouble, f"not needed: {without.format('it')}")]

@@ -3,7 +3,7 @@
 import shutil
 
 from grader.catalog import Catalog, Stack
-from grader.doctor.engine import Engine, stack_findings
+from grader.doctor.engine import WORKSPACE_IMAGE, Engine, stack_findings
 from grader.doctor.finding import Finding, Frozen, missing, ok, warning
 from grader.doctor.nvidia import GPUS, nvidia_findings
 from grader.doctor.surroundings import Surroundings, shared_memory_finding
@@ -86,7 +86,7 @@ def readiness(stack: Stack, facts: Facts, catalog: Catalog | None = None) -> Sta
 
 def _here(stack: Stack, facts: Facts) -> list[Finding]:
     wanted = GPUS_OF[stack]
-    findings = [_torch(facts.machine, cuda=wanted > 0)]
+    findings = [_torch(stack, facts)]
     if wanted:
         findings += nvidia_findings(facts.nvml, facts.around, wanted, count_hidden=False)
         findings.append(
@@ -95,7 +95,9 @@ def _here(stack: Stack, facts: Facts) -> list[Finding]:
             else missing("C compiler", "none; Triton calls one", "sudo apt-get install gcc")
         )
     findings += shared_memory_finding(facts.around, needed=wanted > 1)
-    if facts.around.container and not facts.engine.version:
+    if facts.around.grader_socket:
+        findings.append(ok("sandbox", "tests run in the grader's container beside this one"))
+    elif facts.around.container and not facts.engine.version:
         findings.append(
             warning(
                 "sandbox",
@@ -107,12 +109,13 @@ def _here(stack: Stack, facts: Facts) -> list[Finding]:
     return findings
 
 
-def _torch(machine: Machine, *, cuda: bool) -> Finding:
-    found = machine.libraries.get("torch")
+def _torch(stack: Stack, facts: Facts) -> Finding:
+    found, image = facts.machine.libraries.get("torch"), facts.around.image
     if found is None:
         return missing("torch", "not installed", "make setup")
-    if cuda and found.endswith("+cpu"):
-        return missing("CUDA build of torch", f"this is {found}", "TOPEKA_TORCH=pypi make setup")
+    if GPUS_OF[stack] and found.endswith("+cpu"):
+        remedy = f"use the image {WORKSPACE_IMAGE}:{stack}" if image else "TOPEKA_TORCH=pypi make setup"
+        return missing("CUDA build of torch", f"this is {found}", remedy)
     return ok("torch", found)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from grader.doctor.finding import GB, Finding, Frozen, in_gb, missing, ok, warning
+from grader.sandbox.neighbour import SOCKET_VARIABLE
 
 ENOUGH_SHARED_MEMORY = GB
 """What NVIDIA's own images ask for (`--shm-size=1g`); Docker's default is 64 MiB."""
@@ -27,6 +28,8 @@ class Surroundings(Frozen):
         kernel_driver: version of the NVIDIA kernel module that is loaded; empty if none is visible.
         device_node: /dev/nvidiactl is here.
         nvidia_hardware: NVIDIA GPUs on the PCI bus; None where the bus cannot be read.
+        grader_socket: a grader's container listens beside this one, as in a workspace of compose.yaml.
+        image: this course's image that this is, by its stack; empty elsewhere.
     """
 
     container: str = ""
@@ -34,17 +37,21 @@ class Surroundings(Frozen):
     kernel_driver: str = ""
     device_node: bool = False
     nvidia_hardware: int | None = None
+    grader_socket: bool = False
+    image: str = ""
 
 
 def look_around(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Surroundings:
     """Return what the files below `root` and the environment say."""
-    shared = root / "dev/shm"
+    shared, socket = root / "dev/shm", environment.get(SOCKET_VARIABLE, "")
     return Surroundings(
         container=_container(root, environment),
         shared_memory=psutil.disk_usage(str(shared)).total if shared.is_dir() else None,
         kernel_driver=kernel_driver(_text(root / "proc/driver/nvidia/version")),
         device_node=(root / "dev/nvidiactl").exists(),
         nvidia_hardware=_nvidia_hardware(root / "sys/bus/pci/devices"),
+        grader_socket=bool(socket) and (root / socket.lstrip("/")).is_socket(),
+        image=environment.get("TOPEKA_STACK", ""),
     )
 
 
