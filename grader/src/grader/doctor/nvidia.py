@@ -14,8 +14,8 @@ Source: NVIDIA, CUDA Compatibility, table "CUDA Toolkit 11.x, 12.x, and 13.x Dri
 MINIMUM_CAPABILITY = (7, 5)
 """The oldest GPUs that CUDA 13 compiles for: Turing. Maxwell, Pascal and Volta (such as the V100) were dropped.
 
-Source: NVIDIA, CUDA Toolkit release notes, "Deprecated Architectures".
-https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/index.html (read 2026-11-25)
+Source: NVIDIA, CUDA Toolkit release notes, "Deprecated Architectures", as quoted in
+https://github.com/pytorch/pytorch/issues/157517 (read 2026-11-25)
 """
 
 LOST_GPU = (
