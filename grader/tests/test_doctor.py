@@ -88,7 +88,7 @@ def test_an_engine_with_images(programs: Path) -> None:
     assert _finding(findings, "sandbox images").state == "ok"
     lacks = {s.stack: s.lacks_in_docker for s in findings.stacks}
     assert lacks["cpu"] == ()
-    assert f"the image {SANDBOX_IMAGE}:multi-gpu" in lacks["multi-gpu"]
+    assert f"image {SANDBOX_IMAGE}:multi-gpu (not built)" in lacks["multi-gpu"]
     assert not any("Toolkit" in lack for lack in lacks["cuda"])
 
 
@@ -100,7 +100,7 @@ def test_an_engine_without_images_or_gpu_support(programs: Path) -> None:
     )
     findings = examine(ROOT)
     assert _finding(findings, "sandbox images").state == "warning"
-    assert findings.stacks[0].lacks_in_docker == (f"the image {SANDBOX_IMAGE}:cpu",)
+    assert findings.stacks[0].lacks_in_docker == (f"image {SANDBOX_IMAGE}:cpu (not built)",)
     assert any("NVIDIA Container Toolkit" in lack for lack in findings.stacks[1].lacks_in_docker)
 
 

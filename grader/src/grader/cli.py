@@ -525,18 +525,33 @@ def progress() -> None:
 
 @app.command()
 def doctor(
+    stack: Annotated[
+        StackName | None, typer.Option("--stack", help="only this stack, each lack with its remedy")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Examine this machine: what each stack needs, has and lacks."""
+    """Examine this machine: what each stack needs, has and lacks.
+
+    With --stack, the exit status is 0 if that stack is ready in this environment or in its container, and 1 if
+    in neither.
+    """
     from grader.doctor import examine
-    from grader.terminal_doctor import print_findings
+    from grader.terminal_doctor import print_findings, print_stack
 
     catalog = _catalog()
     findings = examine(catalog.root, catalog)
-    if as_json:
-        print(findings.model_dump_json(indent=2))
+    if stack is None:
+        if as_json:
+            print(findings.model_dump_json(indent=2))
+        else:
+            print_findings(_console(), findings)
         return
-    print_findings(_console(), findings)
+    found = next(each for each in findings.stacks if each.stack == stack.value)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        print_stack(_console(), found)
+    raise typer.Exit(OK if found.ready else FAILED)
 
 
 @app.command()

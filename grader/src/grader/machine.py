@@ -9,36 +9,19 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from grader.gpus import Gpu, Nvml, ask_nvml
+
 LIBRARIES = ("torch", "triton", "numpy", "transformers", "pytest", "jax", "flash-linear-attention", "vllm")
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Gpu(_Frozen):
-    """One NVIDIA GPU.
-
-    Attributes:
-        index: the driver's number, which is not torch's where CUDA_VISIBLE_DEVICES hides or sorts.
-        name: such as `NVIDIA H200`.
-        memory_bytes: None where the GPU has no memory of its own.
-        driver: the driver's version.
-        cuda: the highest CUDA version the driver supports, such as `13.0`.
-    """
-
-    index: int
-    name: str
-    memory_bytes: int | None
-    driver: str
-    cuda: str
 
 
 class Machine(_Frozen):
@@ -65,10 +48,14 @@ class Machine(_Frozen):
     libraries: dict[str, str] = {}
 
 
-def describe() -> Machine:
-    """Return this machine as this process sees it now."""
+def describe(nvml: Nvml | None = None) -> Machine:
+    """Return this machine as this process sees it now.
+
+    Args:
+        nvml: what NVML answered, for a caller that has asked it already.
+    """
     system = os.uname()  # platform.platform() would start a process
-    gpus, note = _gpus()
+    nvml = nvml or ask_nvml()
     limit_bytes, limit_cores = cgroup_limits()
     memory, cores = psutil.virtual_memory().total, _cores()
     return Machine(
@@ -77,8 +64,8 @@ def describe() -> Machine:
         cores=max(1, min(cores, math.ceil(limit_cores))) if limit_cores else cores,
         memory_bytes=min(memory, limit_bytes) if limit_bytes else memory,
         python=platform.python_version(),
-        gpus=gpus,
-        gpu_note=note,
+        gpus=nvml.gpus,
+        gpu_note=nvml.note,
         libraries=_libraries(),
     )
 
@@ -167,80 +154,3 @@ def _numbers(file: Path) -> list[float]:
     except OSError:
         return []
     return [float(word) for word in words if word.isdecimal()] if "max" not in words else []
-
-
-# --- GPUs ----------------------------------------------------------------------------------------
-
-
-def _gpus() -> tuple[tuple[Gpu, ...], str]:
-    """Return the GPUs this process may use, and why there are none or fewer than the driver knows."""
-    try:
-        import pynvml
-    except ImportError:
-        return (), "nvidia-ml-py is not installed, so no NVIDIA GPU can be seen"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-            return (), "no NVIDIA driver is installed"
-        return (), f"the NVIDIA driver does not answer: {error}"
-    found: list[tuple[Gpu, str]] = []
-    broken: list[str] = []
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()  # 13000 is 13.0
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            try:
-                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                gpu = Gpu(
-                    index=index,
-                    name=pynvml.nvmlDeviceGetName(handle),
-                    memory_bytes=_gpu_memory(handle),
-                    driver=driver,
-                    cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
-                )
-                found.append((gpu, pynvml.nvmlDeviceGetUUID(handle)))
-            except pynvml.NVMLError as error:
-                broken.append(f"GPU {index} does not answer: {error}")
-    except pynvml.NVMLError as error:
-        return (), f"the NVIDIA driver does not answer: {error}"
-    finally:
-        pynvml.nvmlShutdown()
-    if not found and not broken:
-        return (), "an NVIDIA driver is installed, but it has no GPU"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = tuple(gpu for gpu, _ in found) if visible is None else visible_gpus(found, visible)
-    if len(shown) < len(found):
-        broken.append(f"CUDA_VISIBLE_DEVICES={visible} shows {len(shown)} of {len(found)} GPUs")
-    return shown, "; ".join(broken)
-
-
-def _gpu_memory(handle: object) -> int | None:
-    import pynvml
-
-    try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-    except pynvml.NVMLError_NotSupported:
-        return None
-
-
-def visible_gpus(found: Sequence[tuple[Gpu, str]], visible: str) -> tuple[Gpu, ...]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES shows, in its order.
-
-    Args:
-        found: every GPU with its UUID.
-        visible: the variable's value: numbers or beginnings of UUIDs. As for CUDA, the first word that
-            does not name exactly one GPU hides all that follow.
-    """
-    if "MIG-" in visible:  # a part of a GPU; which one cannot be told from its name
-        return tuple(gpu for gpu, _ in found)
-    shown: list[Gpu] = []
-    for word in (word.strip() for word in visible.split(",")):
-        if word.isdecimal():
-            named = [gpu for gpu, _ in found if gpu.index == int(word)]
-        else:
-            named = [gpu for gpu, uuid in found if word.startswith("GPU-") and uuid.startswith(word)]
-        if len(named) != 1:
-            break
-        shown += named
-    return tuple(shown)
