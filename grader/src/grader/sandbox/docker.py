@@ -164,6 +164,7 @@ class DockerSandbox:
         self._machine: Machine | None = None
         self._starters = ThreadPoolExecutor(max_workers=max(1, pool), thread_name_prefix="container")
         self._waiting: list[Future[_Warm]] = []
+        self._lost: list[Container] = []  # to be removed once the engine answers again
         self._closed = False
 
     @property
@@ -185,6 +186,7 @@ class DockerSandbox:
         """Remove what dead clients left, and fill the pool without waiting for it."""
         if not self._waiting:
             sweep(self._client)
+        self._lost = [container for container in self._lost if not _remove(container)]
         self._fill(self._preload)
 
     def run(self, job: Job, tar: bytes) -> Iterator[Event]:
@@ -219,7 +221,7 @@ class DockerSandbox:
                 # The runner inside did not stop the job in time; the engine did.
                 yield _overdue(job, time.monotonic() - started)
                 return
-            raise SandboxFailed(f"the container ended in the middle of a job: {_last_words(warm)}")
+            raise SandboxFailed(_last_words(warm, "the container ended in the middle of a job"))
         except _ENGINE_ERRORS as error:
             raise SandboxFailed(f"the Docker Engine went away in the middle of a job: {error}") from error
         finally:
@@ -287,6 +289,7 @@ class DockerSandbox:
                 log_config=LogConfig(type="none"),
                 healthcheck={"test": ["NONE"]},
                 auto_remove=True,
+                stop_signal="SIGKILL",  # an engine that shuts down has nothing to wait for
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if self._has_gpus else [],
                 environment={
                     "OMP_NUM_THREADS": str(self._threads or cpus),
@@ -299,14 +302,14 @@ class DockerSandbox:
             warm = _Warm(container, stream, preload)
             self._machine = self._wait_until_ready(warm)
             return warm
-        except _ENGINE_ERRORS as error:
-            if container is not None:
-                _remove(container)
-            raise SandboxFailed(f"no container of {self._image} could be started: {_words(error)}") from error
-        except SandboxFailed:
+        except BaseException as error:  # Ctrl-C too must leave none behind
             if warm is not None:
                 self._destroy(warm)
-            raise
+            elif container is not None:
+                self._discard(container)
+            if not isinstance(error, _ENGINE_ERRORS):
+                raise
+            raise SandboxFailed(f"no container of {self._image} could be started: {_words(error)}") from error
 
     def _wait_until_ready(self, warm: _Warm) -> Machine:
         timer = threading.Timer(_READY_WITHIN_S, _remove, [warm.container])
@@ -319,12 +322,16 @@ class DockerSandbox:
                     return Machine.model_validate(event["machine"])
         finally:
             timer.cancel()
-        raise SandboxFailed(f"a container ended before it was ready: {_last_words(warm)}")
+        raise SandboxFailed(_last_words(warm, "a container ended before it was ready"))
 
     def _destroy(self, warm: _Warm) -> None:
         with contextlib.suppress(OSError):
             warm.stream.close()
-        _remove(warm.container)
+        self._discard(warm.container)
+
+    def _discard(self, container: Container) -> None:
+        if not _remove(container):
+            self._lost.append(container)
 
 
 def connect() -> docker.DockerClient:
@@ -393,10 +400,15 @@ def _is_running(warm: _Warm) -> bool:
     return bool(warm.container.status == "running")
 
 
-def _remove(container: Container) -> None:
-    # Gone already, or being removed by the engine: either is what we want.
-    with contextlib.suppress(*_ENGINE_ERRORS):
+def _remove(container: Container) -> bool:
+    """Remove a container; return whether it is gone or the engine is about to remove it."""
+    try:
         container.remove(force=True)
+    except APIError as error:
+        return bool(error.status_code in (404, 409))  # gone already, or being removed
+    except _ENGINE_ERRORS:
+        return False
+    return True
 
 
 def _overdue(job: Job, seconds: float) -> Event:
@@ -414,14 +426,19 @@ def _overdue(job: Job, seconds: float) -> Event:
     }
 
 
-def _last_words(warm: _Warm) -> str:
-    text = warm.said.decode(errors="replace").strip()
+def _last_words(warm: _Warm, what: str) -> str:
+    """Say how a container ended, as far as the engine knows and the runner said."""
     state: dict[str, Any] = {}
-    with contextlib.suppress(*_ENGINE_ERRORS):
+    try:
         warm.container.reload()
         state = warm.container.attrs["State"]
+    except APIError:
+        pass  # removed already
+    except _ENGINE_ERRORS:
+        return what.replace("the container ended", "the Docker Engine went away")
     how = "out of memory" if state.get("OOMKilled") else f"exit status {state.get('ExitCode', 'unknown')}"
-    return f"{how}. {text.splitlines()[-1]}" if text else how
+    text = warm.said.decode(errors="replace").strip()
+    return f"{what}: {how}. {text.splitlines()[-1]}" if text else f"{what}: {how}"
 
 
 def _words(error: BaseException) -> str:
