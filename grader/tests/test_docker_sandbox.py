@@ -437,7 +437,14 @@ class PrivateEngine:
             "storage-driver": "vfs",
         }
         with (self.folder / "log").open("ab") as log:
-            command = ["dockerd", *(f"--{name}={value}" for name, value in options.items())]
+            # In a network of its own: with --bridge=none an engine deletes the machine's docker0, which may
+            # belong to another engine.
+            command = [
+                "unshare",
+                "--net",
+                "dockerd",
+                *(f"--{name}={value}" for name, value in options.items()),
+            ]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def answers(self) -> bool:
@@ -477,8 +484,8 @@ class PrivateEngine:
 @pytest.fixture
 def private_engine(engine, monkeypatch) -> Iterator[PrivateEngine]:
     """A second engine on this machine; where none can be had, the test is not verified here."""
-    if os.geteuid() != 0 or shutil.which("dockerd") is None or shutil.which("ldd") is None:
-        pytest.skip(f"{NOT_VERIFIED_HERE}: a second Docker Engine needs root, dockerd and ldd")
+    if os.geteuid() != 0 or not all(map(shutil.which, ("dockerd", "ldd", "unshare"))):
+        pytest.skip(f"{NOT_VERIFIED_HERE}: a second Docker Engine needs root, dockerd, unshare and ldd")
     private = PrivateEngine(Path(tempfile.mkdtemp(prefix="topeka-engine-", dir="/tmp")))  # a short path
     monkeypatch.setenv("DOCKER_HOST", private.host)
     private.start()

@@ -8,6 +8,7 @@ so the engine may be another host's (`DOCKER_HOST`).
 import contextlib
 import json
 import os
+import secrets
 import socket as sockets
 import threading
 import time
@@ -26,18 +27,15 @@ from requests.exceptions import RequestException
 
 from grader.errors import TopekaError
 from grader.machine import Machine
-from grader.runner.protocol import Event, Job, send_job
+from grader.runner.protocol import GRACE_S, Event, Job, overdue, send_job
 from grader.sandbox import Isolation, SandboxFailed
 
 REPOSITORY = "topeka-sandbox"
 """Of the sandbox images; the stack's name is the tag."""
 
 _LABEL, _CLIENT = "topeka.sandbox", "topeka.client"
-_UID = "10001:10001"  # owns nothing in the image
 _START = ["/opt/topeka/bin/start", "--stdio"]
 _READY_WITHIN_S = 120.0
-# What a job may take beyond its own limit before the container is killed from outside.
-_GRACE_S = 20.0
 _TAIL_BYTES = 4_000
 _FLAGS = (
     "single-use container",
@@ -198,15 +196,15 @@ class DockerSandbox:
         self.start()
         warm = self._take(job.preload)
         self._fill(job.preload)
-        overdue = threading.Event()
+        killed = threading.Event()
 
         def kill() -> None:
-            overdue.set()
+            killed.set()
             with contextlib.suppress(*_ENGINE_ERRORS):
                 warm.container.kill()
 
         started = time.monotonic()
-        timer = threading.Timer(job.limits.timeout_s + _GRACE_S, kill)
+        timer = threading.Timer(job.limits.timeout_s + GRACE_S, kill)
         timer.daemon = True
         timer.start()
         try:
@@ -217,9 +215,9 @@ class DockerSandbox:
                 yield event
                 if event["event"] == "finished":
                     return
-            if overdue.is_set():
+            if killed.is_set():
                 # The runner inside did not stop the job in time; the engine did.
-                yield _overdue(job, time.monotonic() - started)
+                yield overdue(job, time.monotonic() - started)
                 return
             raise SandboxFailed(_last_words(warm, "the container ended in the middle of a job"))
         except _ENGINE_ERRORS as error:
@@ -273,7 +271,7 @@ class DockerSandbox:
                 entrypoint=_START,  # as the container's first process, which no other can kill or look into
                 command=[],
                 stdin_open=True,
-                user=_UID,
+                user=_some_user(),
                 network_mode="none",
                 read_only=True,
                 tmpfs={"/tmp": f"rw,exec,nosuid,nodev,size={limits.scratch_bytes},mode=1777"},
@@ -381,6 +379,16 @@ def sweep(client: docker.DockerClient) -> int:
     return removed
 
 
+def _some_user() -> str:
+    """Return a user and group of its own for a container; it owns nothing in the image.
+
+    The kernel counts processes, pipes and more by user over all containers of a host: with one user for
+    all, a job could use up what the others may have. Below 65,536, since an engine may map no more.
+    """
+    number = 20_000 + secrets.randbelow(40_000)
+    return f"{number}:{number}"
+
+
 def _client_name(pid: int, born: float) -> str:
     return f"{sockets.gethostname()} {pid} {born:.2f}"
 
@@ -409,21 +417,6 @@ def _remove(container: Container) -> bool:
     except _ENGINE_ERRORS:
         return False
     return True
-
-
-def _overdue(job: Job, seconds: float) -> Event:
-    return {
-        "event": "finished",
-        "job": job.id,
-        "end": "timeout",
-        "code": None,
-        "seconds": round(seconds, 6),
-        "peak_memory_bytes": None,
-        "output": "",
-        "output_cut": False,
-        "dropped": 0,
-        "processes_left": False,
-    }
 
 
 def _last_words(warm: _Warm, what: str) -> str:
