@@ -182,18 +182,18 @@ def test_a_client_that_talks_nonsense_harms_only_itself(course, neighbour, cache
 
 
 def test_a_job_cannot_bring_modules_into_the_runners_of_others(course, neighbour, cache):
-    """The runner's current folder can be written by jobs, and some modules are imported for each client."""
+    """Jobs can write to the runner's current folder, and a lab may name modules to import before its job."""
     planted = neighbour.folder / "planted"
     body = f"""
-for name in ("pynvml", "json", "psutil", "traceback", "tarfile"):
-    with open({str(neighbour.folder)!r} + f"/{{name}}.py", "w") as file:
-        file.write("open({str(planted)!r}, 'w').close()")
+with open({str(neighbour.folder / "colorsys.py")!r}, "w") as file:
+    file.write("open({str(planted)!r}, 'w').close()")
 """
+    lab = course.labs[0].model_copy(update={"preload": ("torch", "colorsys")})
     with NeighbourSandbox(neighbour.path) as sandbox:
         assert grade(course, sandbox, body + RIGHT, cache).status is Status.VERIFIED
-    assert (neighbour.folder / "pynvml.py").exists()
-    with NeighbourSandbox(neighbour.path) as sandbox:
-        assert grade(course, sandbox, RIGHT, cache).status is Status.VERIFIED
+        assert (neighbour.folder / "colorsys.py").exists()
+        report = grade_lab(course, lab, sandbox, {"numbers_lab.py": RIGHT.encode()}, cache=cache)
+    assert report.status is Status.VERIFIED
     assert not planted.exists()
 
 
