@@ -1,14 +1,22 @@
 """A miniature course in a temporary folder: real files, graded by the real runner."""
 
+import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import docker
 import pytest
+from docker.errors import ImageNotFound, NotFound
+from docker.models.containers import Container
 from grader.catalog import Catalog, load
+from grader.sandbox.docker import EngineUnusable, connect
 from grader.sandbox.local import LocalSandbox
+from shared.plugin import NOT_VERIFIED_HERE
 
 ROOT = Path(__file__).resolve().parents[2]
+SANDBOX_IMAGE = os.environ.get("TOPEKA_TEST_IMAGE", "topeka-sandbox:cpu")
 
 CHAPTER = """
 title = "Numbers"
@@ -224,3 +232,59 @@ def sandbox() -> Iterator[LocalSandbox]:
     """One warm parent for all tests of a run."""
     with LocalSandbox(threads=1) as sandbox:
         yield sandbox
+
+
+# --- containers: the only place that says what a test needs of them -----------------------------------
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[docker.DockerClient]:
+    """A Docker Engine that has the sandbox's image; without one, the test is not verified here."""
+    try:
+        client = connect()
+    except EngineUnusable as error:
+        pytest.skip(f"{NOT_VERIFIED_HERE}: {error}")
+    try:
+        client.images.get(SANDBOX_IMAGE)
+    except ImageNotFound:
+        client.close()
+        pytest.skip(f"{NOT_VERIFIED_HERE}: the engine has no image {SANDBOX_IMAGE}; `make images` builds it")
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def image(engine: docker.DockerClient) -> str:
+    """Name of the image under test; TOPEKA_TEST_IMAGE chooses another."""
+    return SANDBOX_IMAGE
+
+
+@pytest.fixture(scope="session")
+def containers_of(engine: docker.DockerClient) -> Callable[[int], list[Container]]:
+    """`containers_of(pid)`: the sandbox's containers, in any state, that a process of this host started."""
+
+    def find(pid: int) -> list[Container]:
+        found = []
+        for each in engine.containers.list(all=True, filters={"label": "topeka.client"}, sparse=True):
+            if each.attrs["Labels"]["topeka.client"].split()[1] == str(pid):
+                found.append(each)
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def is_gone(engine: docker.DockerClient) -> Callable[[str], bool]:
+    """`is_gone(id)`: whether a container is no more, or is no more within ten seconds."""
+
+    def gone(container: str) -> bool:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                engine.containers.get(container)
+            except NotFound:
+                return True
+            time.sleep(0.05)
+        return False
+
+    return gone

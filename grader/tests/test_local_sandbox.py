@@ -291,6 +291,56 @@ def test_a_killed_runner_is_reported_and_replaced(course, sandbox):
         assert grade(course, mine, RIGHT).status is Status.VERIFIED  # sweeps what the killed one left
 
 
+def test_a_stopped_runner_is_a_timeout_and_is_replaced(course, monkeypatch):
+    monkeypatch.setattr("grader.sandbox.local.GRACE_S", 1.0)
+    with LocalSandbox(threads=1) as mine:
+        body = "os.kill(os.getppid(), signal.SIGSTOP); time.sleep(1e6)"
+        assert grade(course, mine, hostile(body), timeout_s=1.0).status is Status.TIMEOUT
+        assert grade(course, mine, RIGHT).status is Status.VERIFIED
+
+
+def test_a_tree_deeper_than_recursion_goes_is_removed(course, sandbox):
+    """It would keep every later runner from starting, since each sweeps what is left."""
+    body = """
+    here = os.getcwd()
+    for number in range(3_000):
+        os.mkdir("deep")
+        open("file", "w").close()
+        os.symlink("/", "link")
+        os.chdir("deep")
+    os.chdir(here)
+    """
+    grade(course, sandbox, hostile(f"if x == 1.5:\n{textwrap.indent(textwrap.dedent(body), '    ')}"))
+
+
+def test_files_in_the_current_folder_are_not_the_runners_modules(course, tmp_path, monkeypatch):
+    for name in ("psutil", "numpy", "torch", "pynvml"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('this file must not be read')")
+    monkeypatch.chdir(tmp_path)
+    with LocalSandbox(threads=1) as mine:
+        assert grade(course, mine, RIGHT).status is Status.VERIFIED
+
+
+def test_messages_that_are_no_text_do_not_stop_the_grading(course, sandbox):
+    report = grade(course, sandbox, hostile(r"raise ValueError('half a pair: \ud800, nothing: \0')"))
+    assert report.status is Status.FAILED
+    assert "half a pair: ?" in report.tests[0].message
+    assert report.model_dump_json()
+
+
+def test_malformed_results_are_dropped(course, sandbox):
+    body = r"""
+    for fd in range(3, 64):
+        try:
+            for line in (b'{"event": "test"}', b'{"event": "test_started", "test": null}', b"[" * 100_000):
+                os.write(fd, line + b"\n")
+        except OSError:
+            pass
+    """
+    report = grade(course, sandbox, hostile(body))
+    assert report.status is Status.VERIFIED
+
+
 def test_leaving_a_run_half_way_ends_the_job(course):
     lab = course.labs[0]
     code = hostile("time.sleep(1e6)").encode()

@@ -206,6 +206,8 @@ def _status(
                 Status.ERROR,
                 f"more than {limits.processes} processes at a time; all were stopped{during}",
             )
+        case "flood":
+            return Status.ERROR, f"more results came than any lab has; stopped{during}"
         case "cancelled":
             return Status.ERROR, "the grading was cancelled"
         case "signalled":

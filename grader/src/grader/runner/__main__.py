@@ -17,7 +17,7 @@ def main() -> None:
     where.add_argument("--socket", type=Path, help="jobs and events over a Unix socket at this path")
     parser.add_argument("--preload", default="torch,numpy", help="modules to import first, with commas")
     arguments = parser.parse_args()
-    preload = arguments.preload.split(",")
+    preload = [name for name in arguments.preload.split(",") if name]
     # Ctrl-C reaches the whole terminal; it is the client that decides to stop, by closing our input.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if arguments.socket is not None:

@@ -154,4 +154,5 @@ def _processes_of_user() -> int:
 
 
 def _cut(text: str) -> str:
+    text = text.encode(errors="replace").decode()  # half a surrogate pair is no text that JSON could carry
     return text if len(text) <= MESSAGE_CHARS else text[: MESSAGE_CHARS - 40] + "\n... (message cut)"

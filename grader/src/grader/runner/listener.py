@@ -1,6 +1,7 @@
 """A warm parent that others reach over a Unix socket: the grader's container beside a workspace."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -37,7 +38,7 @@ def listen(path: Path, preload: Sequence[str]) -> NoReturn:
         connection, _ = server.accept()
         clients -= _ended(clients)
         if len(clients) >= MAX_CLIENTS:
-            connection.close()
+            _turn_away(connection)
             continue
         pid = os.fork()
         if pid == 0:
@@ -45,6 +46,12 @@ def listen(path: Path, preload: Sequence[str]) -> NoReturn:
             _serve(connection)
         connection.close()
         clients.add(pid)
+
+
+def _turn_away(connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        connection.setblocking(False)
+        connection.send(json.dumps({"event": "busy", "clients": MAX_CLIENTS}).encode() + b"\n")
 
 
 def _serve(connection: socket.socket) -> NoReturn:

@@ -15,21 +15,31 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | `test_started` | `test` | child |
 | `test` | `test`, `outcome`, `seconds`, `message`, `output`, `not_written`, `milestones` | child |
 | `session_finished` | `exit_status` | child |
+| `busy` | `clients` | listener, instead of all others |
 | `finished` | `job`, `end`, `code`, `seconds`, `peak_memory_bytes`, `output`, `output_cut`, `dropped` | runner |
 
-`end` is `exited`, `signalled`, `timeout`, `processes` (too many of them) or `cancelled`. Standard
-output and error of the child never mix with events: they come back as `output`, the tail of them,
-inside `finished`.
+`end` is `exited`, `signalled`, `timeout`, `processes` (too many of them), `flood` (too many events) or
+`cancelled`. Standard output and error of the child never mix with events: they come back as `output`,
+the tail of them, inside `finished`.
+
+The code under test shares the child's process, so it can write to the child's descriptor. The runner
+forwards what has the shape of a child's event and drops the rest.
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 Event = dict[str, Any]
 
-CHILD_EVENTS = frozenset({"collected", "collect_error", "test_started", "test", "session_finished"})
+GRACE_S = 20.0
+"""What a job may take beyond its own limit before the client gives its runner up."""
+
+# A header is some hundred bytes; a tar holds source files.
+_MAX_HEADER_BYTES, _MAX_TAR_BYTES = 1 << 20, 300 << 20
 
 
 class ProtocolError(Exception):
@@ -81,6 +91,86 @@ class Job:
     limits: Limits = field(default_factory=Limits)
 
 
+class _ChildEvent(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Collected(_ChildEvent):
+    class Test(_ChildEvent):
+        name: str
+        slow: bool
+
+    event: Literal["collected"]
+    tests: list[Test]
+
+
+class _CollectError(_ChildEvent):
+    event: Literal["collect_error"]
+    file: str
+    message: str
+    code_under_test: bool
+
+
+class _TestStarted(_ChildEvent):
+    event: Literal["test_started"]
+    test: str
+
+
+class _Test(_ChildEvent):
+    class Milestone(_ChildEvent):
+        name: str
+        value: float
+        target: float
+        unit: str
+        better: Literal["higher", "lower"]
+
+    event: Literal["test"]
+    test: str
+    outcome: Literal["passed", "failed", "error", "not_verified_here"]
+    seconds: float
+    message: str
+    output: str
+    not_written: bool
+    milestones: list[Milestone]
+
+
+class _SessionFinished(_ChildEvent):
+    event: Literal["session_finished"]
+    exit_status: int
+
+
+_CHILD_EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[
+        _Collected | _CollectError | _TestStarted | _Test | _SessionFinished, Field(discriminator="event")
+    ]
+)
+
+
+def is_child_event(line: bytes) -> bool:
+    """Whether `line` is an event that a child may send, with every key it needs and no other."""
+    try:
+        _CHILD_EVENT.validate_json(line)
+    except ValidationError:
+        return False
+    return True
+
+
+def overdue(job: Job, seconds: float) -> Event:
+    """Return the `finished` event of a job whose runner had to be killed, since it did not stop the job."""
+    return {
+        "event": "finished",
+        "job": job.id,
+        "end": "timeout",
+        "code": None,
+        "seconds": round(seconds, 6),
+        "peak_memory_bytes": None,
+        "output": "",
+        "output_cut": False,
+        "dropped": 0,
+        "processes_left": False,
+    }
+
+
 class Sink(Protocol):
     """Where a job can be written to: a pipe, or a stream to a container."""
 
@@ -99,24 +189,25 @@ def send_job(stream: Sink, job: Job, tar: bytes) -> None:
     stream.flush()
 
 
+class _Header(BaseModel):
+    job: Job
+    tar_bytes: int = Field(ge=0, le=_MAX_TAR_BYTES)
+
+
 def receive_job(stream: IO[bytes]) -> tuple[Job, bytes] | None:
     """Read the next job and its tar; None at the end of the stream.
 
     Raises:
         ProtocolError: the header is no job, or the stream ends inside the tar.
     """
-    line = stream.readline()
+    line = stream.readline(_MAX_HEADER_BYTES)
     if not line:
         return None
     try:
-        header = json.loads(line)
-        values = header["job"]
-        values["preload"], values["tests"] = tuple(values["preload"]), tuple(values["tests"])
-        values["limits"] = Limits(**values["limits"])
-        job, size = Job(**values), int(header["tar_bytes"])
-    except (ValueError, KeyError, TypeError) as error:
+        header = _Header.model_validate_json(line)
+    except ValidationError as error:
         raise ProtocolError(f"not a job header: {line[:200]!r}") from error
-    tar = stream.read(size)
-    if len(tar) != size:
-        raise ProtocolError(f"the tar ends after {len(tar)} of {size} bytes")
-    return job, tar
+    tar = stream.read(header.tar_bytes)
+    if len(tar) != header.tar_bytes:
+        raise ProtocolError(f"the tar ends after {len(tar)} of {header.tar_bytes} bytes")
+    return header.job, tar

@@ -8,10 +8,11 @@ import contextlib
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
+import secrets
 import select
-import shutil
 import signal
 import stat
 import sys
@@ -26,12 +27,14 @@ import psutil
 
 from grader import machine
 from grader.runner import child, reaper
-from grader.runner.protocol import CHILD_EVENTS, Event, Job, ProtocolError, receive_job
+from grader.runner.protocol import Event, Job, ProtocolError, is_child_event, receive_job
 
 # A job's tar is made by `grader.submission.pack` from source files; anything larger is none of ours.
 _MAX_FILES, _MAX_BYTES = 5_000, 256 << 20
 # A child's event line longer than this is no event of ours.
 _MAX_EVENT_BYTES = 1 << 20
+# A job's events in all. The client keeps them in memory, so a job may not send without end.
+_MAX_EVENTS, _MAX_EVENTS_BYTES = 100_000, 64 << 20
 _WORK_PREFIX = "topeka-job-"
 
 
@@ -137,6 +140,8 @@ class _Watched:
         self._jobs_fd = jobs.fileno()
         self._partial = b""
         self._dropped = 0
+        self._events = 0
+        self._events_bytes = 0
         self._output = bytearray()
         self._output_cut = False
 
@@ -154,6 +159,8 @@ class _Watched:
                 end = "signalled" if os.WIFSIGNALED(status) else "exited"
             elif now > deadline:
                 end = "timeout"
+            elif self._flooded():
+                end = "flood"
             elif self._client_is_gone():
                 end = "cancelled"
             elif now >= next_count:
@@ -180,6 +187,9 @@ class _Watched:
             "dropped": self._dropped,
             "processes_left": not clean,
         }
+
+    def _flooded(self) -> bool:
+        return self._events > _MAX_EVENTS or self._events_bytes > _MAX_EVENTS_BYTES
 
     def _client_is_gone(self) -> bool:
         # Between jobs nothing is written to us; readable here means the end of the stream.
@@ -213,9 +223,11 @@ class _Watched:
         if len(self._partial) > _MAX_EVENT_BYTES:
             self._partial, self._dropped = b"", self._dropped + 1
         for line in lines:
-            if not _is_child_event(line):
+            if self._flooded() or not is_child_event(line):
                 self._dropped += 1
                 continue
+            self._events += 1
+            self._events_bytes += len(line)
             line += b"\n"
             while line:
                 line = line[os.write(self._forward_to, line) :]
@@ -236,7 +248,7 @@ def _extract(tar: bytes, folder: Path) -> None:
     total = 0
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:  # never compressed
         for count, member in enumerate(archive):
-            total += member.size
+            total += abs(member.size)  # a header can say less than nothing
             if count >= _MAX_FILES or total > _MAX_BYTES:
                 raise ProtocolError(
                     f"the tar holds more than {_MAX_FILES:,} files or {_MAX_BYTES >> 20} MiB: no job of ours"
@@ -248,14 +260,6 @@ def _extract(tar: bytes, folder: Path) -> None:
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content.read())
-
-
-def _is_child_event(line: bytes) -> bool:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(event, dict) and event.get("event") in CHILD_EVENTS
 
 
 def import_all(modules: Sequence[str]) -> None:
@@ -273,17 +277,29 @@ def _peak_memory(pid: int) -> int | None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a work folder, also one whose sub-folders were made unreadable."""
+    """Remove a work folder, however deep it is and whatever rights its sub-folders have.
 
-    def make_writable(function: object, path: str, _: object) -> None:
-        parent = Path(path).parent
-        for place in (parent, Path(path)):
-            with contextlib.suppress(OSError):
-                place.chmod(stat.S_IRWXU)
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
-
-    shutil.rmtree(folder, onerror=make_writable)
+    What lies deeper than the second level is moved up first: a job can make a tree that is deeper than
+    recursion goes or a path can be long.
+    """
+    with contextlib.suppress(OSError):  # the next warm parent tries again
+        moved = f"{secrets.token_hex(8)}-"  # a name that the job cannot have taken
+        numbers = itertools.count()
+        folder.chmod(stat.S_IRWXU)
+        while entries := list(folder.iterdir()):
+            for entry in entries:
+                if entry.is_symlink() or not entry.is_dir():
+                    entry.unlink()
+                    continue
+                entry.chmod(stat.S_IRWXU)
+                for inner in list(entry.iterdir()):
+                    if inner.is_symlink() or not inner.is_dir():
+                        inner.unlink()
+                    else:
+                        inner.chmod(stat.S_IRWXU)
+                        inner.rename(folder / f"{moved}{next(numbers)}")
+                entry.rmdir()
+        folder.rmdir()
 
 
 def _sweep_left_overs() -> None:

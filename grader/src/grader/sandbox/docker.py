@@ -8,6 +8,7 @@ so the engine may be another host's (`DOCKER_HOST`).
 import contextlib
 import json
 import os
+import secrets
 import socket as sockets
 import threading
 import time
@@ -26,18 +27,15 @@ from requests.exceptions import RequestException
 
 from grader.errors import TopekaError
 from grader.machine import Machine
-from grader.runner.protocol import Event, Job, send_job
+from grader.runner.protocol import GRACE_S, Event, Job, overdue, send_job
 from grader.sandbox import Isolation, SandboxFailed
 
 REPOSITORY = "topeka-sandbox"
 """Of the sandbox images; the stack's name is the tag."""
 
 _LABEL, _CLIENT = "topeka.sandbox", "topeka.client"
-_UID = "10001:10001"  # owns nothing in the image
 _START = ["/opt/topeka/bin/start", "--stdio"]
 _READY_WITHIN_S = 120.0
-# What a job may take beyond its own limit before the container is killed from outside.
-_GRACE_S = 20.0
 _TAIL_BYTES = 4_000
 _FLAGS = (
     "single-use container",
@@ -164,6 +162,7 @@ class DockerSandbox:
         self._machine: Machine | None = None
         self._starters = ThreadPoolExecutor(max_workers=max(1, pool), thread_name_prefix="container")
         self._waiting: list[Future[_Warm]] = []
+        self._lost: list[Container] = []  # to be removed once the engine answers again
         self._closed = False
 
     @property
@@ -185,6 +184,7 @@ class DockerSandbox:
         """Remove what dead clients left, and fill the pool without waiting for it."""
         if not self._waiting:
             sweep(self._client)
+        self._lost = [container for container in self._lost if not _remove(container)]
         self._fill(self._preload)
 
     def wait_until_warm(self) -> None:
@@ -206,15 +206,15 @@ class DockerSandbox:
         self.start()
         warm = self._take(job.preload)
         self._fill(job.preload)
-        overdue = threading.Event()
+        killed = threading.Event()
 
         def kill() -> None:
-            overdue.set()
+            killed.set()
             with contextlib.suppress(*_ENGINE_ERRORS):
                 warm.container.kill()
 
         started = time.monotonic()
-        timer = threading.Timer(job.limits.timeout_s + _GRACE_S, kill)
+        timer = threading.Timer(job.limits.timeout_s + GRACE_S, kill)
         timer.daemon = True
         timer.start()
         try:
@@ -225,11 +225,11 @@ class DockerSandbox:
                 yield event
                 if event["event"] == "finished":
                     return
-            if overdue.is_set():
+            if killed.is_set():
                 # The runner inside did not stop the job in time; the engine did.
-                yield _overdue(job, time.monotonic() - started)
+                yield overdue(job, time.monotonic() - started)
                 return
-            raise SandboxFailed(f"the container ended in the middle of a job: {_last_words(warm)}")
+            raise SandboxFailed(_last_words(warm, "the container ended in the middle of a job"))
         except _ENGINE_ERRORS as error:
             raise SandboxFailed(f"the Docker Engine went away in the middle of a job: {error}") from error
         finally:
@@ -281,7 +281,7 @@ class DockerSandbox:
                 entrypoint=_START,  # as the container's first process, which no other can kill or look into
                 command=[],
                 stdin_open=True,
-                user=_UID,
+                user=_some_user(),
                 network_mode="none",
                 read_only=True,
                 tmpfs={"/tmp": f"rw,exec,nosuid,nodev,size={limits.scratch_bytes},mode=1777"},
@@ -297,6 +297,7 @@ class DockerSandbox:
                 log_config=LogConfig(type="none"),
                 healthcheck={"test": ["NONE"]},
                 auto_remove=True,
+                stop_signal="SIGKILL",  # an engine that shuts down has nothing to wait for
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if self._has_gpus else [],
                 environment={
                     "OMP_NUM_THREADS": str(self._threads or cpus),
@@ -309,14 +310,14 @@ class DockerSandbox:
             warm = _Warm(container, stream, preload)
             self._machine = self._wait_until_ready(warm)
             return warm
-        except _ENGINE_ERRORS as error:
-            if container is not None:
-                _remove(container)
-            raise SandboxFailed(f"no container of {self._image} could be started: {_words(error)}") from error
-        except SandboxFailed:
+        except BaseException as error:  # Ctrl-C too must leave none behind
             if warm is not None:
                 self._destroy(warm)
-            raise
+            elif container is not None:
+                self._discard(container)
+            if not isinstance(error, _ENGINE_ERRORS):
+                raise
+            raise SandboxFailed(f"no container of {self._image} could be started: {_words(error)}") from error
 
     def _wait_until_ready(self, warm: _Warm) -> Machine:
         timer = threading.Timer(_READY_WITHIN_S, _remove, [warm.container])
@@ -329,12 +330,16 @@ class DockerSandbox:
                     return Machine.model_validate(event["machine"])
         finally:
             timer.cancel()
-        raise SandboxFailed(f"a container ended before it was ready: {_last_words(warm)}")
+        raise SandboxFailed(_last_words(warm, "a container ended before it was ready"))
 
     def _destroy(self, warm: _Warm) -> None:
         with contextlib.suppress(OSError):
             warm.stream.close()
-        _remove(warm.container)
+        self._discard(warm.container)
+
+    def _discard(self, container: Container) -> None:
+        if not _remove(container):
+            self._lost.append(container)
 
 
 def connect() -> docker.DockerClient:
@@ -384,6 +389,16 @@ def sweep(client: docker.DockerClient) -> int:
     return removed
 
 
+def _some_user() -> str:
+    """Return a user and group of its own for a container; it owns nothing in the image.
+
+    The kernel counts processes, pipes and more by user over all containers of a host: with one user for
+    all, a job could use up what the others may have. Below 65,536, since an engine may map no more.
+    """
+    number = 20_000 + secrets.randbelow(40_000)
+    return f"{number}:{number}"
+
+
 def _client_name(pid: int, born: float) -> str:
     return f"{sockets.gethostname()} {pid} {born:.2f}"
 
@@ -403,35 +418,30 @@ def _is_running(warm: _Warm) -> bool:
     return bool(warm.container.status == "running")
 
 
-def _remove(container: Container) -> None:
-    # Gone already, or being removed by the engine: either is what we want.
-    with contextlib.suppress(*_ENGINE_ERRORS):
+def _remove(container: Container) -> bool:
+    """Remove a container; return whether it is gone or the engine is about to remove it."""
+    try:
         container.remove(force=True)
+    except APIError as error:
+        return bool(error.status_code in (404, 409))  # gone already, or being removed
+    except _ENGINE_ERRORS:
+        return False
+    return True
 
 
-def _overdue(job: Job, seconds: float) -> Event:
-    return {
-        "event": "finished",
-        "job": job.id,
-        "end": "timeout",
-        "code": None,
-        "seconds": round(seconds, 6),
-        "peak_memory_bytes": None,
-        "output": "",
-        "output_cut": False,
-        "dropped": 0,
-        "processes_left": False,
-    }
-
-
-def _last_words(warm: _Warm) -> str:
-    text = warm.said.decode(errors="replace").strip()
+def _last_words(warm: _Warm, what: str) -> str:
+    """Say how a container ended, as far as the engine knows and the runner said."""
     state: dict[str, Any] = {}
-    with contextlib.suppress(*_ENGINE_ERRORS):
+    try:
         warm.container.reload()
         state = warm.container.attrs["State"]
+    except APIError:
+        pass  # removed already
+    except _ENGINE_ERRORS:
+        return what.replace("the container ended", "the Docker Engine went away")
     how = "out of memory" if state.get("OOMKilled") else f"exit status {state.get('ExitCode', 'unknown')}"
-    return f"{how}. {text.splitlines()[-1]}" if text else how
+    text = warm.said.decode(errors="replace").strip()
+    return f"{what}: {how}. {text.splitlines()[-1]}" if text else f"{what}: {how}"
 
 
 def _words(error: BaseException) -> str:

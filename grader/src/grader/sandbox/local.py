@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Self
 
 from grader.machine import Machine, describe
-from grader.runner.protocol import Event, Job, send_job
+from grader.runner.protocol import GRACE_S, Event, Job, overdue, send_job
 from grader.sandbox import Isolation, SandboxFailed
 
 
@@ -53,7 +55,8 @@ class LocalSandbox:
         environment = dict(os.environ)
         if self._threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._threads)
-        command = [sys.executable, "-m", "grader.runner", "--events-fd", str(write)]
+        # -P: a file in the current folder that is called like a library is the learner's, not the runner's.
+        command = [sys.executable, "-P", "-m", "grader.runner", "--events-fd", str(write)]
         command += ["--preload", ",".join(self._preload)]
         try:
             self._process = subprocess.Popen(
@@ -83,6 +86,11 @@ class LocalSandbox:
         assert self._process.stdin is not None
         assert self._events is not None
         finished = False
+        # A job can stop its parent (SIGSTOP), which then enforces no limit any more.
+        started, killed = time.monotonic(), threading.Event()
+        timer = threading.Timer(job.limits.timeout_s + GRACE_S, _kill, [self._process, killed])
+        timer.daemon = True
+        timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):  # the read below says why
                 send_job(self._process.stdin, job, tar)
@@ -94,8 +102,12 @@ class LocalSandbox:
                 yield event
                 if finished:
                     return
+            if killed.is_set():
+                yield overdue(job, time.monotonic() - started)
+                return
             raise SandboxFailed(f"the runner ended in the middle of a job: {self._last_words()}")
         finally:
+            timer.cancel()
             if not finished:
                 # Stopped half-way (Ctrl-C, or the caller lost interest): this parent is still at the
                 # old job. Closing its input makes it end the job and itself.
@@ -127,3 +139,8 @@ class LocalSandbox:
         code = self._process.returncode
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
         return f"{how}. {text.splitlines()[-1]}" if text else how
+
+
+def _kill(process: subprocess.Popen[bytes], killed: threading.Event) -> None:
+    killed.set()
+    process.kill()

@@ -14,9 +14,10 @@ from typing import Self
 
 from grader.errors import TopekaError
 from grader.machine import Machine
-from grader.runner.protocol import Event, Job, send_job
+from grader.runner.protocol import GRACE_S, Event, Job, send_job
 from grader.sandbox import Isolation, SandboxFailed
 
+_READY_WITHIN_S = 30.0
 SOCKET_VARIABLE = "TOPEKA_GRADER_SOCKET"
 
 
@@ -61,10 +62,17 @@ class NeighbourSandbox:
 
     def _connect(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(_READY_WITHIN_S)
         try:
             self._socket.connect(str(self._path))
             self._stream = self._socket.makefile("rwb")
             ready = json.loads(self._stream.readline() or b"{}")
+            if ready.get("event") == "busy":
+                self._socket.close()
+                raise NeighbourUnusable(
+                    f"the grader's container has its {ready['clients']} gradings at a time: "
+                    "try again when one of them has ended, or use --sandbox local"
+                )
             self._machine = Machine.model_validate(ready["machine"])
         except (OSError, KeyError, ValueError) as error:
             self._socket.close()
@@ -96,6 +104,8 @@ class NeighbourSandbox:
             except NeighbourUnusable as error:
                 raise SandboxFailed(str(error)) from error
         finished = False
+        # A job can stop its runner (SIGSTOP), which then enforces no limit and says nothing any more.
+        self._socket.settimeout(job.limits.timeout_s + GRACE_S)
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionError):  # the read below says why
                 send_job(self._stream, job, tar)
