@@ -1,5 +1,6 @@
 """A miniature course in a temporary folder: real files, graded by the real runner."""
 
+import functools
 import os
 import shutil
 import time
@@ -250,7 +251,11 @@ def engine() -> Iterator[docker.DockerClient]:
         client.close()
         pytest.skip(f"{NOT_VERIFIED_HERE}: the engine has no image {SANDBOX_IMAGE}; `make images` builds it")
     yield client
+    deadline = time.monotonic() + 20
+    while (left := _containers_of(client, os.getpid())) and time.monotonic() < deadline:
+        time.sleep(0.1)
     client.close()
+    assert left == [], "no container outlives the tests"
 
 
 @pytest.fixture(scope="session")
@@ -263,14 +268,12 @@ def image(engine: docker.DockerClient) -> str:
 def containers_of(engine: docker.DockerClient) -> Callable[[int], list[Container]]:
     """`containers_of(pid)`: the sandbox's containers, in any state, that a process of this host started."""
 
-    def find(pid: int) -> list[Container]:
-        found = []
-        for each in engine.containers.list(all=True, filters={"label": "topeka.client"}, sparse=True):
-            if each.attrs["Labels"]["topeka.client"].split()[1] == str(pid):
-                found.append(each)
-        return found
+    return functools.partial(_containers_of, engine)
 
-    return find
+
+def _containers_of(client: docker.DockerClient, pid: int) -> list[Container]:
+    found = client.containers.list(all=True, filters={"label": "topeka.client"}, sparse=True)
+    return [each for each in found if each.attrs["Labels"]["topeka.client"].split()[1:2] == [str(pid)]]
 
 
 @pytest.fixture(scope="session")

@@ -73,12 +73,6 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("expected")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_container_outlives_these_tests(containers_of):
-    yield
-    assert until(lambda: not containers_of(os.getpid()))
-
-
 # --- verdicts -----------------------------------------------------------------------------------------
 
 
