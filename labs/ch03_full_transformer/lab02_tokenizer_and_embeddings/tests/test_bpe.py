@@ -43,6 +43,7 @@ TEXTS = {
     "marks": "... !? -- (a) #b_c <|endoftext|> $5 a.b a .b",
     "accents": "caf\u00e9 cafe\u0301 na\u00efve \u00c5ngstr\u00f6m A\u030angstro\u0308m",
     "lone combining marks": "\u0301 \u0301\u0302a\u0303\u0304 b \u20dd",
+    "byte order marks": "\ufeffone \ufefftwo\ufeff",
     "emoji": f"{FAMILY} {FAMILY}{FLAG}{THUMB} ok {THUMB}{THUMB} \N{ROLLING ON THE FLOOR LAUGHING}",
     "scripts": "\u6f22\u5b57\u3068\u4eee\u540d \u0440\u0443\u0441\u0441 \u05e2\u05d1\u05e8 \u0e17\u0e22 \u0939\u093f",
     "ascii": EVERY_ASCII,
