@@ -55,4 +55,4 @@ for stack in cpu cuda multi-gpu; do
     from_pypi $out/workspace.in "${image[@]}" -c $out/stack-$stack.txt -o $out/workspace-$stack.txt
 done
 scripts/image_versions.py >docker/versions.json
-git --no-pager diff --stat -- $out docker/versions.json
+git --no-pager diff --unified=0 -- $out | grep -E '^(\+\+\+|[-+][a-z0-9._-]+(\[[a-z,]*\])?==)' || echo "nothing changed"
