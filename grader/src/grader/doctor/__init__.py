@@ -6,12 +6,13 @@ from pathlib import Path
 from grader.catalog import Catalog
 from grader.doctor import environment
 from grader.doctor.answer import ask
-from grader.doctor.engine import SANDBOX_IMAGE, WORKSPACE_IMAGE, Engine, ask_engine
+from grader.doctor.engine import WORKSPACE_IMAGE, Engine, ask_engine
 from grader.doctor.finding import Finding, Frozen, State, ok, warning
 from grader.doctor.stacks import GPUS_OF, Facts, StackReadiness, find_compiler, readiness
 from grader.doctor.surroundings import Surroundings, look_around, shared_memory_finding
 from grader.gpus import ask_nvml
 from grader.machine import Machine, describe
+from grader.sandbox import SANDBOX_IMAGE
 
 __all__ = ["SANDBOX_IMAGE", "WORKSPACE_IMAGE", "Finding", "Findings", "StackReadiness", "State", "examine"]
 

@@ -16,9 +16,10 @@ from typing import Any
 from grader.catalog import Stack
 from grader.doctor.answer import Answer, ask
 from grader.doctor.finding import GB, Finding, Frozen, in_gb, missing, ok, warning
+from grader.sandbox import SANDBOX_IMAGE
 
-SANDBOX_IMAGE, WORKSPACE_IMAGE = "topeka-sandbox", "topeka-workspace"
-"""The repositories of the images; the stack's name is the tag."""
+WORKSPACE_IMAGE = "topeka-workspace"
+"""The repository of the workspace images; the stack's name is the tag."""
 
 ROOM_FOR_IMAGES: dict[Stack, int] = {"cpu": 12 * GB, "cuda": 40 * GB, "multi-gpu": 40 * GB}
 """Free disk to build a stack's two images: the images, their layers in the build cache, downloads.

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 from grader.machine import Machine
 from grader.runner.protocol import Event, Job
 
+SANDBOX_IMAGE = "topeka-sandbox"
+"""The repository of the sandbox images; the stack's name is the tag."""
+
 
 class Isolation(BaseModel):
     """What a report says about the place where the tests ran.

@@ -28,10 +28,7 @@ from requests.exceptions import RequestException
 from grader.errors import TopekaError
 from grader.machine import Machine
 from grader.runner.protocol import GRACE_S, Event, Job, overdue, send_job
-from grader.sandbox import Isolation, SandboxFailed
-
-REPOSITORY = "topeka-sandbox"
-"""Of the sandbox images; the stack's name is the tag."""
+from grader.sandbox import SANDBOX_IMAGE, Isolation, SandboxFailed
 
 _LABEL, _CLIENT = "topeka.sandbox", "topeka.client"
 _START = ["/opt/topeka/bin/start", "--stdio"]
@@ -134,7 +131,7 @@ class DockerSandbox:
         limits: ContainerLimits | None = None,
         image: str | None = None,
     ) -> None:
-        self._image = image or f"{REPOSITORY}:{stack}"
+        self._image = image or f"{SANDBOX_IMAGE}:{stack}"
         self._stack = stack
         self._limits = limits or (ContainerLimits() if stack == "cpu" else GPU_LIMITS)
         self._threads = threads
@@ -366,7 +363,7 @@ def is_available(stack: str) -> bool:
     except _ENGINE_ERRORS:
         return False
     try:
-        client.images.get(f"{REPOSITORY}:{stack}")
+        client.images.get(f"{SANDBOX_IMAGE}:{stack}")
     except _ENGINE_ERRORS:
         return False
     else:
