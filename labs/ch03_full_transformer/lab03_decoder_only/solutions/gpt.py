@@ -223,7 +223,7 @@ class GPT(nn.Module):
             ids: as for `hidden_states`.
 
         Returns:
-            (B, T, V): the head's reading of the normalised stream.
+            (B, T, V), of the dtype of the parameters: the head's reading of the normalised stream.
 
         Raises:
             ValueError: T is larger than C.
