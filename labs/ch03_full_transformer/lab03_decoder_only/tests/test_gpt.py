@@ -399,6 +399,11 @@ def test_start_draws_every_number_on_its_own():
     assert distinct > 0.95, f"only {distinct:.0%} of the numbers differ: do blocks or rows share their draws?"
 
 
+def test_start_of_a_tied_head_is_the_start_of_the_embedding():
+    model = GPT(SMALL)
+    assert torch.equal(model.head.weight, model.token_embedding.weight), "the head has numbers of its own"
+
+
 def test_start_follows_from_the_seed():
     models = []
     for seed in (0, 1, 0):
