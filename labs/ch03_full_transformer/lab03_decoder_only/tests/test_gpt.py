@@ -207,7 +207,9 @@ def test_count_of_the_four_gpt2_is_hugging_faces(name):
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=features))
     config = GPT2_SIZES[name]
-    assert (config.num_layers, config.num_heads, config.d_model) == PUBLISHED[name], f"{name}: {config}"
+    assert config == GPTConfig(50257, 1024, layers, heads, features, None, 0.0, 1e-5, True), (
+        f"{name}: {config}"
+    )
     count, expected = parameter_count(config), sum(p.numel() for p in theirs.parameters())
     assert count == expected, f"{count:,} parameters for {name}, Hugging Face's has {expected:,}"
 
@@ -769,7 +771,15 @@ def test_sample_from_the_top_k_draws_from_no_other_token(device, k, temperature)
 
 @pytest.mark.parametrize("k", [7, 8, 1000])
 def test_sample_from_at_least_all_tokens_is_no_restriction(k):
-    assert_frequencies(sample(LOGITS.expand(N, -1), top_k=k), LOGITS.softmax(0), f"top {k} of 7")
+    logits = LOGITS / 10  # no token is rare
+    assert_frequencies(sample(logits.expand(N, -1), top_k=k), logits.softmax(0), f"top {k} of 7")
+
+
+def test_sample_of_one_row_is_one_token():
+    for options in ({}, {"temperature": 0.0}, {"top_k": 1}):
+        tokens = sample(100 * LOGITS[None], **options)
+        assert tokens.shape == (1,), f"{options}: shape {tuple(tokens.shape)} for one row, expected (1,)"
+        assert tokens.tolist() == [4]
 
 
 def test_sample_of_hidden_tokens_draws_none_of_them():
@@ -899,6 +909,22 @@ def test_generate_beyond_the_context_sees_the_last_tokens(rng, hugging_face):
         found = ours.generate(ids, num_tokens, temperature=0.0)
         hint = f"{T} tokens and {num_tokens} more, context {C}: all are returned, the model sees the last {C}"
         assert_tokens(found, their_greedy(theirs, ids, num_tokens, C), hint)
+
+
+@pytest.mark.parametrize("token", [0, 1, SMALL.vocab_size - 1])
+def test_generate_goes_on_whatever_the_token_is(rng, token):
+    config = replace(SMALL, tied=False)
+    model, V, C = GPT(config), config.vocab_size, config.context
+    with torch.no_grad():  # the logit of `token` is 1, the others are 0, whatever was said before
+        model.final_norm.weight.zero_()
+        model.final_norm.bias.fill_(1.0)
+        model.head.weight.copy_((torch.arange(V) == token)[:, None] / config.d_model)
+    ids = draw_ids(rng, config, 2, 3)
+    found = model.generate(ids, 6 * C, temperature=0.0)
+    expected = torch.cat([ids, torch.full((2, 6 * C), token)], dim=1)
+    assert_tokens(
+        found, expected, f"{6 * C} times token {token}: no token ends a text here, and none is left out"
+    )
 
 
 def test_generate_draws_each_token_given_those_before_it(rng, hugging_face):
