@@ -872,6 +872,10 @@ def test_sample_refuses(wrong):
 # --- generate ---------------------------------------------------------------------------------
 
 
+# With a head of its own: a tied one, of random weights, mostly repeats the last token.
+WRITER = replace(SMALL, tied=False)
+
+
 def their_greedy(theirs, ids, num_tokens, context):
     """One sequence and one token at a time, from all logits anew."""
     rows = []
@@ -902,13 +906,14 @@ def test_generate_greedily_matches_hugging_face(rng, hugging_face, config):
 
 
 def test_generate_beyond_the_context_sees_the_last_tokens(rng, hugging_face):
-    theirs = hugging_face(SMALL)
-    ours, C = twin(theirs, SMALL), SMALL.context
+    theirs = hugging_face(WRITER)
+    ours, C = twin(theirs, WRITER), WRITER.context
     for T, num_tokens in ((C - 2, 7), (C, 2), (C + 4, 3), (C + 1, 1), (3, 2 * C)):
-        ids = draw_ids(rng, SMALL, 3, T)
+        ids = draw_ids(rng, WRITER, 3, T)
         found = ours.generate(ids, num_tokens, temperature=0.0)
         hint = f"{T} tokens and {num_tokens} more, context {C}: all are returned, the model sees the last {C}"
-        assert_tokens(found, their_greedy(theirs, ids, num_tokens, C), hint)
+        expected = their_greedy(theirs, ids, num_tokens, C)
+        assert_tokens(found, expected, hint)
 
 
 @pytest.mark.parametrize("token", [0, 1, SMALL.vocab_size - 1])
@@ -925,6 +930,23 @@ def test_generate_goes_on_whatever_the_token_is(rng, token):
     assert_tokens(
         found, expected, f"{6 * C} times token {token}: no token ends a text here, and none is left out"
     )
+
+
+def test_generate_draws_given_the_last_tokens_beyond_the_context(rng, hugging_face):
+    # Greedy text of a random model soon repeats itself, and hides which tokens the model saw.
+    config = GPTConfig(7, 4, 2, 2, 6, tied=False)
+    theirs = hugging_face(config)
+    ours, C = twin(theirs, config), config.context
+    found = ours.generate(draw_ids(rng, config, 3000, 3), 9)
+    for t in range(3, 12):
+        log_p = their_logits(theirs, found[:, max(0, t - C) : t])[:, -1].log_softmax(-1)  # (3000, 7)
+        mean = (log_p.exp() * log_p).sum(-1)
+        variance = (log_p.exp() * log_p.square()).sum(-1) - mean.square()
+        z = ((log_p.gather(1, found[:, t, None]).squeeze(1) - mean).sum() / variance.sum().sqrt()).item()
+        assert abs(z) < 6, (
+            f"new token {t - 3}, number {t} of the text, is not drawn given the {min(t, C)} tokens before it: "
+            f"its mean log-probability is off by {z:.1f} standard errors"
+        )
 
 
 def test_generate_draws_each_token_given_those_before_it(rng, hugging_face):
@@ -977,13 +999,24 @@ def test_generate_draws_from_the_generator_it_is_given(device, rng, randn):
     assert first[0] != first[1], "two calls with one generator gave the same tokens: was it copied or reset?"
 
 
+def test_generate_draws_from_the_default_generator_otherwise(rng, randn):
+    model, ids = randomise(GPT(SMALL).double(), randn), draw_ids(rng, SMALL, 20, 3)
+    results = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        results.append([model.generate(ids, 4, temperature=9.0).tolist() for _ in range(2)])
+    assert results[0] == results[2], "torch.manual_seed does not determine the tokens"
+    assert results[0] != results[1], "two seeds gave the same tokens"
+    assert results[0][0] != results[0][1], "two calls gave the same tokens: was a seed set?"
+
+
 def modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_generate_drops_nothing_and_restores_the_mode(rng, hugging_face, training):
-    config = replace(SMALL, dropout=0.5)
+    config = replace(WRITER, dropout=0.5)
     theirs = hugging_face(config)
     ours, ids = twin(theirs, config).train(training), draw_ids(rng, config, 3, 4)
     before = modes(ours)
@@ -1008,33 +1041,33 @@ def test_generate_restores_the_mode_after_an_error(rng, hugging_face):
 
 
 def test_generate_keeps_nothing_for_a_backward_pass(rng, hugging_face):
-    theirs = hugging_face(SMALL)
-    ours, ids = twin(theirs, SMALL), draw_ids(rng, SMALL, 2, 4)
+    theirs = hugging_face(WRITER)
+    ours, ids = twin(theirs, WRITER), draw_ids(rng, WRITER, 2, 4)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)), lambda t: t):
         found = ours.generate(ids, 3, temperature=0.0)
-    assert_tokens(found, their_greedy(theirs, ids, 3, SMALL.context))
+    assert_tokens(found, their_greedy(theirs, ids, 3, WRITER.context))
     assert not saved, f"{len(saved)} tensors were kept for a backward pass: torch.no_grad"
     assert torch.is_grad_enabled(), "gradients are switched off after generate"
     assert ours(ids).requires_grad, "after generate the model no longer passes gradients"
 
 
 def test_generate_of_strided_ids_which_stay_as_they_are(rng, hugging_face):
-    theirs = hugging_face(SMALL)
-    ours, ids = twin(theirs, SMALL), draw_ids(rng, SMALL, 5, 6).T[::2]  # 3 sequences of 5 tokens
+    theirs = hugging_face(WRITER)
+    ours, ids = twin(theirs, WRITER), draw_ids(rng, WRITER, 5, 6).T[::2]  # 3 sequences of 5 tokens
     before = ids.clone()
     found = ours.generate(ids, 4, temperature=0.0)
-    assert_tokens(found, their_greedy(theirs, before, 4, SMALL.context))
+    assert_tokens(found, their_greedy(theirs, before, 4, WRITER.context))
     assert torch.equal(ids, before), "the ids were modified"
 
 
 def test_generate_of_no_tokens_returns_the_ids(rng, hugging_face):
-    theirs = hugging_face(SMALL)
-    ours = twin(theirs, SMALL)
-    for T in (4, SMALL.context + 3):
-        ids = draw_ids(rng, SMALL, 2, T)
+    theirs = hugging_face(WRITER)
+    ours = twin(theirs, WRITER)
+    for T in (4, WRITER.context + 3):
+        ids = draw_ids(rng, WRITER, 2, T)
         assert_tokens(ours.generate(ids, 0), ids, "num_tokens=0 returns the ids as they are")
-    assert_tokens(ours.generate(ids, 1, temperature=0.0), their_greedy(theirs, ids, 1, SMALL.context))
+    assert_tokens(ours.generate(ids, 1, temperature=0.0), their_greedy(theirs, ids, 1, WRITER.context))
 
 
 @pytest.mark.parametrize(
@@ -1053,19 +1086,19 @@ def test_generate_refuses(rng, randn, wrong):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_generate_in_lower_precision_and_on_the_device(device, rng, hugging_face, dtype):
-    theirs = hugging_face(SMALL, dtype=dtype)
-    ours, ids = twin(theirs, SMALL).to(device), draw_ids(rng, SMALL, 3, 4)
+    theirs = hugging_face(WRITER, dtype=dtype)
+    ours, ids = twin(theirs, WRITER).to(device), draw_ids(rng, WRITER, 3, 4)
     found = ours.generate(ids.to(device), 9, temperature=0.0)
     assert found.device.type == device
     # Each choice is, up to rounding, the best one after the tokens that the model chose before.
     theirs.double()
     atol = 1e-4 if dtype == torch.float32 else 0.5
     for t in range(4, 13):
-        logits = their_logits(theirs, found[:, max(0, t - SMALL.context) : t].cpu())[:, -1]
+        logits = their_logits(theirs, found[:, max(0, t - WRITER.context) : t].cpu())[:, -1]
         loss = logits.max(dim=1).values - logits.gather(1, found[:, t, None].cpu()).squeeze(1)
         assert loss.max() < 2 * atol, (
             f"new token {t - 4} is not the most likely one: its logit is {loss.max():.2g} lower"
         )
     drawn = ours.generate(ids.to(device), 3, temperature=1.0, top_k=5)
     assert drawn.shape == (3, 7)
-    assert ((drawn >= 0) & (drawn < SMALL.vocab_size)).all()
+    assert ((drawn >= 0) & (drawn < WRITER.vocab_size)).all()
