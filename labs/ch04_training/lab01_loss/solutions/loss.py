@@ -254,9 +254,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             logits = hidden[rows] @ weight.T  # (C, V)
             total += cross_entropy(logits, targets[rows], **options)
-            grad_logits = cross_entropy_gradient(logits, targets[rows], **options)  # (C, V)
-            grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
+            if any(ctx.needs_input_grad):
+                grad_logits = cross_entropy_gradient(logits, targets[rows], **options)  # (C, V)
+                grad_hidden[rows] = grad_logits @ weight
+                grad_weight += grad_logits.T @ hidden[rows]
         kept = (targets != ignore_index).sum().clamp(min=1)  # of all chunks
         ctx.save_for_backward(grad_hidden / kept, (grad_weight / kept).to(weight.dtype))
         return total / kept

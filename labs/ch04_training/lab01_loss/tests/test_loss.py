@@ -113,6 +113,10 @@ class Meter(TorchDispatchMode):
     Views of what was there before count for nothing. It looks after every operation, backward ones too.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # or PyTorch 2.13 imports its whole compiler at the first operation: 3 seconds
+
     def __init__(self, *given):
         super().__init__()
         self.given = [t.untyped_storage() for t in given]  # kept alive: no address is used again
@@ -135,7 +139,8 @@ class Meter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((7,), 0), ((3, 5), 0), ((3, 5), -1), ((4, 3, 7), 1), ((4, 3, 7), -3)]
+    ("shape", "dim"),
+    [((7,), 0), ((3, 5), 0), ((3, 5), -1), ((4, 3, 7), 1), ((4, 3, 7), -3), ((3, 1, 5), -1), ((1, 5), 1)],
 )
 def test_log_sum_exp_along_any_axis(randn, shape, dim):
     x = 3 * randn(*shape)
@@ -320,7 +325,15 @@ def test_cross_entropy_of_tokens_that_cannot_come(randn):
     assert_close(value, expected, atol=1e-13, name="loss", hint=hint)
     assert_close(grad[:, [0, 1, 4, 5, 6]], expected_grad, atol=1e-13, name="gradient", hint=hint)
     assert (grad[:, 2:4] == 0).all(), "the gradient at -inf must be exactly 0"
-    losses = cross_entropy(logits, torch.tensor([1, 3, 0]), reduction="none")
+    # Two ignored rows in which all tokens but the first, or all but the last, cannot come.
+    blind = torch.full((2, 7), -math.inf, dtype=torch.float64)
+    blind[0, 0] = blind[1, 6] = 1.0
+    logits, targets = torch.cat([logits, blind]), torch.cat([targets, torch.tensor([IGNORE, IGNORE])])
+    value, grad = gradients(lambda x: cross_entropy(x, targets), logits)
+    hint = "an ignored token counts for nothing, whatever you read in its row: inf * 0 is NaN"
+    assert_close(value, expected, atol=1e-13, name="loss with ignored tokens", hint=hint)
+    assert (grad[3:] == 0).all(), "ignored tokens pass back gradients of exactly 0"
+    losses = cross_entropy(logits[:3], torch.tensor([1, 3, 0]), reduction="none")
     assert losses.isinf().tolist() == [False, True, False], f"the target with -inf costs inf, got {losses}"
 
 
@@ -380,8 +393,8 @@ def test_cross_entropy_and_its_gradient_take_strided_inputs_which_stay_as_they_a
 def test_cross_entropy_and_its_gradient_refuse_targets_outside_the_vocabulary(randn, function, wrong):
     logits, targets = randn(2, 3, 7), torch.tensor([[0, 6, wrong], [1, IGNORE, 2]])
     refused(function, logits, targets, why=f"a target of {wrong} with 7 tokens")
-    if wrong < 0:
-        refused(function, logits, targets, ignore_index=3, why="IGNORE is no target if another is ignored")
+    only_ignored = torch.tensor([[0, 6, 5], [1, IGNORE, 2]])
+    refused(function, logits, only_ignored, ignore_index=wrong, why="-100 is no target if another is ignored")
     function(logits, targets.masked_fill(targets == IGNORE, 0), ignore_index=wrong)  # and this is in order
 
 
@@ -623,13 +636,6 @@ def test_chunked_loss_of_no_tokens_is_zero(randn, N):
     assert_same_as_at_once(actual, expected, atol=0, hint="no token is kept: 0, and no 0 / 0")
 
 
-def test_chunked_gradients_pass_gradcheck(randn):
-    p = problem(randn, N=5, V=7, E=3)
-    loss = chunked(p, 2, label_smoothing=0.1)
-    inputs = (p.hidden.requires_grad_(), p.weight.requires_grad_())
-    assert torch.autograd.gradcheck(loss, inputs, raise_exception=False), "finite differences disagree"
-
-
 def test_chunked_gradients_are_multiplied_by_the_one_from_above(randn):
     p = problem(randn)
     loss = chunked(p, 4)
@@ -835,16 +841,24 @@ def test_chunked_loss_takes_chunk_size_rows_at_a_time(randn):
         assert rows >= min(C, N), f"chunk_size={C}, but at most {rows:.3g} rows of logits were made at a time"
 
 
-def test_chunked_memory_meter_sees_what_it_should(randn):
-    # The meter itself: all logits at once, and a loop that leaves every chunk's logits to autograd.
-    p = problem(randn, 64, 61, 3, dtype=torch.float32, ignored=0.0)
+def test_chunked_peak_memory_is_below_that_of_a_loop_under_autograd(randn):
+    # What the meter says of all logits at once, and of a loop that leaves every chunk's logits to autograd.
+    N, V = 256, 61
+    p = problem(randn, N, V, 3, dtype=torch.float32, ignored=0.0)
     p.hidden.requires_grad_()
 
-    def loop():
-        rows = [slice(start, start + 8) for start in range(0, 64, 8)]
-        return sum(F.cross_entropy(p.hidden[r] @ p.weight.T, p.targets[r], reduction="sum") for r in rows)
+    def at_once():
+        return F.cross_entropy(p.hidden @ p.weight.T, p.targets)
 
-    for name, run in (("at once", lambda: F.cross_entropy(p.hidden @ p.weight.T, p.targets)), ("loop", loop)):
+    def loop():
+        rows = [slice(start, start + 8) for start in range(0, N, 8)]
+        return sum(F.cross_entropy(p.hidden[r] @ p.weight.T, p.targets[r], reduction="sum") for r in rows) / N
+
+    ours = measure(p, 8, wanted=("hidden",)).peak
+    for name, run in (("all logits at once", at_once), ("a loop under autograd", loop)):
         with Meter(p.hidden, p.weight, p.targets) as meter:
             torch.autograd.grad(run(), p.hidden)
-        assert meter.peak >= 64 * 61 * 4, f"{name}: the meter missed logits"
+        assert meter.peak >= N * V * 4, f"the meter missed the logits of {name}"
+        assert ours < meter.peak / 2, (
+            f"{ours:,} bytes were alive at the same time, with {name} {meter.peak:,}"
+        )
