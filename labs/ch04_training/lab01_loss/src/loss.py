@@ -161,7 +161,8 @@ def perplexity(nats: float) -> float:
         At least 1 for a loss of at least 0; inf where it is too large for a float (above about 709 nats).
     """
     # YOUR CODE HERE
-    # One function of the module `math`. What does it do for a loss of 1000?
+    # One function of the module `math` for a loss in nats.
+    # What does it do for a loss of 1000, which a model that has diverged may well have?
     raise NotImplementedError("the perplexity")
 
 
