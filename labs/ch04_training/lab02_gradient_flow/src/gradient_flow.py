@@ -180,7 +180,7 @@ def parameter_stats(model: nn.Module) -> dict[str, ParameterStats]:
 
 
 def kept_share(activation: str) -> float:
-    """Return E[f(y)²] / E[y²] for a y whose distribution is symmetric around 0.
+    """Return E[f(y)²] / E[y²] for a y that is distributed symmetrically around 0, and never exactly 0.
 
     For both activations it is also E[f'(y)²]: the share of a mean square that survives, forward or backward.
 
@@ -226,7 +226,8 @@ def forward_moments(widths: Sequence[int], stds: Sequence[float], activation: st
 def backward_moments(widths: Sequence[int], stds: Sequence[float], activation: str = "relu") -> list[float]:
     """Return the expected mean square of the loss's gradient at each layer's pre-activations.
 
-    The network is that of `forward_moments`. At the output, y_L, the gradient has a mean square of 1.
+    The network is that of `forward_moments`, with layers wide enough for no ReLU layer to be all zeros. At the
+    output, y_L, the gradient has a mean square of 1.
 
     Source: He et al. 2015, equations 11 to 13.
 

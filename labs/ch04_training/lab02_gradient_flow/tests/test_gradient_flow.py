@@ -124,7 +124,7 @@ def hooks_on(model):
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 1, 5), (1,), ()], ids=str)
 def test_summary_matches_sums_written_out(randn, shape):
-    x = 3 * randn(*shape) - 1.3
+    x = (3 * randn(60) - 1.3)[: math.prod(shape)].reshape(shape)
     assert_statistics(summarize(x), x)
 
 
@@ -309,6 +309,9 @@ def test_recorder_refuses_unknown_names(randn, name):
     with pytest.raises(ValueError, match=r".+"):
         Recorder(model, ["0", name])
     assert all(not hooks for *_, hooks in hooks_on(model)), "a recorder that was refused leaves no hooks"
+    with Recorder(model, ["0"]) as recorder:
+        model(randn(2, 4))
+    assert names_of(recorder) == ["0"]
 
 
 def test_recorder_watches_nothing_when_no_names_are_given_in_the_list(randn):
@@ -466,6 +469,10 @@ def test_recorder_sets_no_hook_before_it_is_entered(randn):
     recorder = Recorder(model)
     model(randn(2, 5)).sum().backward()
     assert recorder.calls == [], "hooks were set by the constructor"
+    with recorder:
+        assert recorder.calls == []
+        model(randn(2, 5))
+    assert names_of(recorder) == ["0", "1", "2"]
 
 
 def test_recorder_returns_itself_and_removes_its_hooks(randn):
@@ -524,6 +531,7 @@ def test_recorder_leaves_other_peoples_hooks_alone(randn):
         late = model[2].register_forward_hook(lambda *_: seen.append("late"))
         model(x)
     seen.clear()
+    x.requires_grad_()  # or PyTorch warns that the backward hook has no input to speak of
     model(x).sum().backward()
     assert seen == ["forward", "late", "backward"], "the recorder removed hooks that are not its own"
     for handle in (*handles, late):
@@ -555,32 +563,49 @@ def test_recorder_stands_beside_another_one(randn):
     assert names_of(outer) == ["0", "1", "2"] * 2
 
 
+class Marked(torch.autograd.Function):
+    """The identity, as a node of the graph that holds `marker`, which lives as long as the node."""
+
+    @staticmethod
+    def forward(ctx, x, marker):
+        ctx.marker = marker
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class Marker:
+    pass
+
+
 @pytest.mark.parametrize("backward", [True, False], ids=["backward", "no backward"])
 @pytest.mark.parametrize("when", ["inside", "after"])
 def test_recorder_keeps_no_tensor_and_no_graph_alive(randn, backward, when):
-    model, x = mlp([5, 7, 3, 4], randn), randn(6, 5).requires_grad_()
-    tensors = []
+    model, x, living = mlp([5, 7, 3, 4], randn), randn(6, 5).requires_grad_(), []
     for module in model:
-        module.register_forward_hook(lambda module, args, output: tensors.append(weakref.ref(output)))
-        module.register_forward_hook(lambda module, args, output: tensors.append(weakref.ref(output.grad_fn)))
+        module.register_forward_hook(lambda module, args, output: living.append(weakref.ref(output)))
 
     def one_pass():
-        loss = model(x).square().sum()
+        marker = Marker()
+        living.append(weakref.ref(marker))
+        loss = model(Marked.apply(x, marker)).square().sum()
         if backward:
             loss.backward()
 
     recorder = Recorder(model)
     with recorder:
         one_pass()
-        if when == "inside":
-            gc.collect()
-            alive = sum(ref() is not None for ref in tensors)
+        gc.collect()
+        alive = [ref() is not None for ref in living]
     if when == "after":
         gc.collect()
-        alive = sum(ref() is not None for ref in tensors)
-    assert len(tensors) == 10
+        alive = [ref() is not None for ref in living]
+    assert len(alive) == 6
     assert len(recorder.calls) == 5
-    assert alive == 0, f"{alive} tensors or nodes of the graph outlive the pass: keep numbers only"
+    assert not any(alive[1:]), f"{sum(alive[1:])} outputs outlive the pass: keep numbers only"
+    assert not alive[0], "the graph outlives the pass: what do your hooks hold?"
 
 
 # --- parameter_stats --------------------------------------------------------------------------
