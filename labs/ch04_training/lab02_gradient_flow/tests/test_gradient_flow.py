@@ -1295,7 +1295,7 @@ def test_plot_gives_a_row_one_colour_and_a_name_in_the_legend():
 
 def test_plot_of_a_single_row_and_its_file(tmp_path):
     figure = plot_study(ROWS[1:2])
-    figure.savefig(tmp_path / "study.png")
+    figure.savefig(tmp_path / "study.png", dpi=20)
     assert [len(ax.lines) for ax in figure.axes] == [1, 1]
 
 
