@@ -608,6 +608,33 @@ def test_recorder_keeps_no_tensor_and_no_graph_alive(randn, backward, when):
     assert not alive[0], "the graph outlives the pass: what do your hooks hold?"
 
 
+def test_recorder_keeps_no_tensor_alive_that_the_graph_would_let_go(randn):
+    model, x, living = mlp([5, 7, 3, 4], randn), randn(6, 5), []
+    for module in model:
+        module.register_forward_hook(lambda module, args, output: living.append(weakref.ref(output)))
+    loss = model(x).square().sum()
+    plain = [ref() is not None for ref in living]
+    assert False in plain, "the test is broken: the graph keeps every output"
+    living.clear()
+    with Recorder(model) as recorder:
+        loss = model(x).square().sum()
+        gc.collect()
+        watched = [ref() is not None for ref in living]
+    assert watched == plain, "an output that nobody needs any more lives as long as the graph"
+    loss.backward()
+    assert len(recorder.calls) == 5
+
+
+def test_recorder_hands_on_the_very_tensor_that_the_module_returned(randn):
+    made = randn(3, 4).requires_grad_() * 2
+    model = Returns(lambda x: made)
+    with Recorder(model) as recorder:
+        assert model(randn(2)) is made, (
+            "the output was exchanged for another tensor: return nothing from a hook"
+        )
+    assert_statistics(recorder.calls[0].output, made)
+
+
 # --- parameter_stats --------------------------------------------------------------------------
 
 
@@ -646,6 +673,15 @@ def test_parameters_without_gradient_have_none(randn):
     )
 
 
+def test_parameters_that_are_shared_are_listed_once_and_buffers_not_at_all(randn):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    model(randn(5, 4)).square().sum().backward()
+    found = parameter_stats(model)
+    assert list(found) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+    assert found["0.weight"].grad_rms == pytest.approx(rms_of(model[0].weight.grad), rel=1e-12)
+
+
 def test_parameters_that_are_zero_have_an_infinite_ratio(randn):
     model = mlp([5, 3], randn)
     nn.init.zeros_(model[0].bias)
@@ -653,7 +689,8 @@ def test_parameters_that_are_zero_have_an_infinite_ratio(randn):
     (model(randn(6, 5)) * 2).sum().backward()
     model[0].weight.grad.zero_()
     found = parameter_stats(model)
-    assert (found["0.bias"].weight_rms, found["0.bias"].grad_rms) == (0.0, 12.0)
+    assert found["0.bias"].weight_rms == 0.0
+    assert found["0.bias"].grad_rms == pytest.approx(12.0, rel=1e-12)
     assert found["0.bias"].ratio == math.inf, "a bias that starts at 0 has an infinite ratio"
     assert found["0.weight"].ratio == math.inf, "the ratio is infinite if weight_rms is 0"
 
