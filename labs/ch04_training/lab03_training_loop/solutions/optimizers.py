@@ -9,7 +9,7 @@ A step changes the parameters in place. It reads their gradients and leaves them
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:
         """Change every parameter that has a gradient.
 
         With g the gradient, p the parameter, t = 1, 2, ... the number of steps *this parameter* has
@@ -68,17 +68,7 @@ class AdamW(torch.optim.Optimizer):
         The p on the right-hand side is the one before the step. Options are those of the parameter's
         group, as they stand now. A parameter whose gradient is None is left alone: it does not decay,
         and its t does not count. m and v have the dtype and device of the parameter.
-
-        Args:
-            closure: computes the loss again and returns it; called once, before the parameters change.
-
-        Returns:
-            what `closure` returned; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             for p in group["params"]:
@@ -94,7 +84,6 @@ class AdamW(torch.optim.Optimizer):
                 m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
                 p.mul_(1 - lr * group["weight_decay"])  # decoupled: the gradient's mean never sees it
                 p.sub_(lr * m_hat / (v_hat.sqrt() + group["eps"]))
-        return loss
 
 
 # --- Part 2: Muon -----------------------------------------------------------------------------
@@ -180,8 +169,9 @@ class Muon(torch.optim.Optimizer):
             momentum: decay of the running mean of the gradient.
             weight_decay: share of the parameter that a step with lr = 1 takes away.
             nesterov: look one step ahead, see `step`.
-            ns_steps, ns_dtype: for `newton_schulz`.
+            ns_steps: steps of `newton_schulz`.
             adjust_lr: the rule for `adjusted_lr`.
+            ns_dtype: dtype of the arithmetic of `newton_schulz`.
 
         Raises:
             ValueError: a parameter is not a matrix, or an option is out of range.
@@ -209,7 +199,7 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon is for matrices, not for a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:
         """Change every parameter that has a gradient.
 
         With g the gradient, p the parameter, mu the momentum, and B = 0 before the first step:
@@ -221,17 +211,7 @@ class Muon(torch.optim.Optimizer):
         The p on the right-hand side is the one before the step. Options are those of the parameter's
         group, as they stand now. A parameter whose gradient is None is left alone. B has the dtype
         and device of the parameter.
-
-        Args:
-            closure: computes the loss again and returns it; called once, before the parameters change.
-
-        Returns:
-            what `closure` returned; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             lr, mu = group["lr"], group["momentum"]
             for p in group["params"]:
@@ -246,4 +226,3 @@ class Muon(torch.optim.Optimizer):
                 update = newton_schulz(U, group["ns_steps"], dtype=group["ns_dtype"])
                 p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(adjusted_lr(lr, p.shape, group["adjust_lr"]) * update)
-        return loss

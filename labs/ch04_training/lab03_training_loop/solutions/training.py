@@ -9,7 +9,6 @@ A micro-batch is a pair (inputs, targets); the model makes logits of the inputs.
 """
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -119,10 +118,12 @@ def split_parameters(model: nn.Module) -> Split:
     split = Split([], [], [])
     for p in model.parameters():  # which gives a shared parameter once
         if p.requires_grad:
-            kind = (
-                split.embeddings if id(p) in embedded else split.matrices if p.dim() >= 2 else split.vectors
-            )
-            kind.append(p)
+            if id(p) in embedded:
+                split.embeddings.append(p)
+            elif p.dim() >= 2:
+                split.matrices.append(p)
+            else:
+                split.vectors.append(p)
     return split
 
 
@@ -200,14 +201,16 @@ def save_checkpoint(
     state dicts, "random" is `random_state()`. `torch.load(path, weights_only=True)` reads it.
 
     At every moment there is a whole checkpoint at `path`, the old one or the new one: the new one is
-    written to another file in the same folder, which then takes the old one's place by `os.replace`.
+    written to another file in the same folder, which then takes the old one's place by a rename.
     If anything fails, the error goes to the caller, the old file is as it was, and nothing else is left
     in the folder. Saving draws no random number and changes none of its arguments.
 
     Args:
         path: of the checkpoint; its folder exists.
         step: how many steps have been taken.
-        model, optimizers, data: whose states are saved.
+        model: its parameters and buffers are saved.
+        optimizers: their states and options are saved, in this order.
+        data: its position is saved.
     """
     path = Path(path)
     state = {
@@ -220,7 +223,7 @@ def save_checkpoint(
     partial = path.with_name(path.name + ".partial")
     try:
         torch.save(state, partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -239,7 +242,9 @@ def load_checkpoint(
 
     Args:
         path: a file written by `save_checkpoint`.
-        model, optimizers, data: built like those that were saved, on any device.
+        model: built like the one that was saved, on any device.
+        optimizers: of the parameters of `model`, as many as were saved, in the same order.
+        data: it goes to the position that was saved.
 
     Returns:
         how many steps had been taken.
