@@ -99,7 +99,8 @@ def newton_schulz(G: Tensor, steps: int = 5, *, dtype: torch.dtype = torch.bfloa
         X = G / max(|G|, 1e-7)                                  |G| = sqrt of the sum of all squares
         `steps` times:  X = a X + b (X X^T) X + c (X X^T)^2 X   a, b, c = NS_COEFFICIENTS
 
-    After five steps a singular value that was above 0.003 |G| lies between 0.68 and 1.21.
+    After five steps a singular value that was above 0.003 |G| lies between 0.68 and 1.21. A tall G is
+    iterated as its transpose, so that no matrix on the way has more entries than G.
 
     Args:
         G: (m, n), of any memory layout: wide, tall or square. It is not modified, whatever its dtype.
@@ -166,7 +167,7 @@ class Muon(torch.optim.Optimizer):
         Args:
             params: matrices, or groups of them; a group may have its own value of any option.
             lr: the learning rate, before `adjusted_lr`.
-            momentum: decay of the running mean of the gradient.
+            momentum: decay of the running mean of the gradient, in [0, 1).
             weight_decay: share of the parameter that a step with lr = 1 takes away.
             nesterov: look one step ahead, see `step`.
             ns_steps: steps of `newton_schulz`.
@@ -176,9 +177,9 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ValueError: a parameter is not a matrix, or an option is out of range.
         """
-        if lr < 0 or momentum < 0 or weight_decay < 0:
+        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
             raise ValueError(
-                f"lr {lr}, momentum {momentum} and weight_decay {weight_decay} must not be negative"
+                f"lr {lr} and weight_decay {weight_decay} must not be negative, momentum {momentum} in [0, 1)"
             )
         adjusted_lr(lr, (1, 1), adjust_lr)  # refuses an unknown rule
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}

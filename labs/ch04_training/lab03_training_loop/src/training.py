@@ -147,8 +147,8 @@ def random_state() -> dict[str, Any]:
     """Return the state of every generator that training may draw from.
 
     They are Python's `random`, NumPy's global one, PyTorch's on the CPU, and its on every CUDA device.
-    Of the four only `torch.load(..., weights_only=True)` is choosy: it takes tensors, numbers, strings,
-    None, and lists, tuples and dictionaries of these, so there is no NumPy array in the result.
+    The result can be saved by `torch.save` and read by `torch.load(..., weights_only=True)`. That takes
+    tensors, numbers, strings, None, and lists, tuples and dictionaries of these, but no NumPy array.
     """
     # YOUR CODE HERE
     # random.getstate, np.random.get_state, torch.get_rng_state, torch.cuda.get_rng_state_all if
@@ -222,7 +222,7 @@ def load_checkpoint(
         how many steps had been taken.
 
     Raises:
-        ValueError: there are more or fewer optimizers than were saved.
+        ValueError: there are more or fewer optimizers than were saved. Nothing has changed then.
     """
     # YOUR CODE HERE
     # 1. torch.load with weights_only=True and map_location="cpu": random states live on the CPU, and
