@@ -155,7 +155,7 @@ def test_adamw_in_float32_stays_close_to_torch(randn, options, device):
     hint = "m, v and p stay in the dtype and on the device of the parameter"
     dtype = torch.float32
     follow(
-        ours, theirs, params, references, randn, steps=20, hint=hint, atol=3e-6, dtype=dtype, device=device
+        ours, theirs, params, references, randn, steps=20, hint=hint, atol=1.5e-5, dtype=dtype, device=device
     )
 
 
@@ -237,19 +237,19 @@ def test_adamw_options_may_change_between_steps(randn):
 
 
 def test_adamw_leaves_parameters_without_gradient_alone(randn):
-    # The second parameter has a gradient in steps 4, 5, 7 and 8 only, the third never.
-    params, references = parameters(randn, [(3, 2), (4,), (2, 5)])
-    untouched = params[2].detach().clone()
+    # The first parameter never has a gradient, the second in steps 4, 5, 7 and 8 only.
+    params, references = parameters(randn, [(2, 5), (4,), (3, 2)])
+    untouched = params[0].detach().clone()
     ours = AdamW(params, lr=0.1, weight_decay=0.5)
     theirs = torch.optim.AdamW(references, lr=0.1, weight_decay=0.5)
     for step in range(1, 9):
         g = random_gradients(randn, [(3, 2), (4,)], step)
-        set_gradients((params, references), [g[0], g[1] if step in (4, 5, 7, 8) else None, None])
+        set_gradients((params, references), [None, g[1] if step in (4, 5, 7, 8) else None, g[0]])
         ours.step()
         theirs.step()
         hint = "no gradient: no decay, and the t of this parameter does not count the step"
         assert_same(params, references, atol=1e-12, step=step, hint=hint)
-    assert torch.equal(params[2], untouched), "a parameter that never had a gradient has changed"
+    assert torch.equal(params[0], untouched), "a parameter that never had a gradient has changed"
 
 
 def test_adamw_state_is_in_its_state_dict(randn):
@@ -628,7 +628,7 @@ def test_muon_options_may_change_between_steps(randn):
     ours, theirs = muon(params), TorchMuon(references)
     for step in range(1, 5):
         for optimizer in (ours, theirs):
-            optimizer.param_groups[0].update(lr=0.1 / step, weight_decay=0.1 * step, momentum=0.9 + step / 99)
+            optimizer.param_groups[0].update(lr=0.1 / step, weight_decay=0.1 * step, ns_steps=step)
         set_gradients((params, references), random_gradients(randn, MATRICES, step))
         ours.step()
         theirs.step()
@@ -637,17 +637,17 @@ def test_muon_options_may_change_between_steps(randn):
 
 
 def test_muon_leaves_parameters_without_gradient_alone(randn):
-    params, references = parameters(randn, [(3, 2), (4, 5), (2, 5)])
-    untouched = params[2].detach().clone()
+    params, references = parameters(randn, [(2, 5), (4, 5), (3, 2)])
+    untouched = params[0].detach().clone()
     ours, theirs = muon(params, weight_decay=0.5, lr=0.1), TorchMuon(references, weight_decay=0.5, lr=0.1)
     for step in range(1, 8):
         g = random_gradients(randn, [(3, 2), (4, 5)], step)
-        set_gradients((params, references), [g[0], g[1] if step in (3, 4, 6, 7) else None, None])
+        set_gradients((params, references), [None, g[1] if step in (3, 4, 6, 7) else None, g[0]])
         ours.step()
         theirs.step()
         hint = "no gradient: no decay, no move, and the running mean stays"
         assert_same(params, references, atol=1e-9, step=step, hint=hint)
-    assert torch.equal(params[2], untouched), "a parameter that never had a gradient has changed"
+    assert torch.equal(params[0], untouched), "a parameter that never had a gradient has changed"
 
 
 def test_muon_state_is_in_its_state_dict(randn):
