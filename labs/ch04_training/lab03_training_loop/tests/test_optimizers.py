@@ -327,6 +327,9 @@ def test_adamw_leaves_gradients_as_they_are(randn):
 )
 def test_adamw_refuses_options_out_of_range(randn, options):
     params, _ = parameters(randn, [(3,)])
+    check_gradients_kept(
+        lambda p: AdamW(p, lr=0.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0), [(3,)], randn
+    )
     with pytest.raises(ValueError, match=r"\d"):
         AdamW(params, **options)
 
@@ -441,6 +444,7 @@ def test_newton_schulz_multiplies_on_the_smaller_side(randn, m, n):
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (1, 3, 4)])
 def test_newton_schulz_refuses_what_is_no_matrix(randn, shape):
+    assert newton_schulz(randn(1, 1)).shape == (1, 1)
     with pytest.raises(ValueError, match="matrix"):
         newton_schulz(normal(randn, shape))
 
@@ -683,5 +687,6 @@ def test_muon_refuses_what_is_no_matrix(randn, shape):
 )
 def test_muon_refuses_options_out_of_range(randn, options):
     params, _ = parameters(randn, [(3, 2)])
+    check_gradients_kept(lambda p: muon(p, lr=0.0, momentum=0.0, weight_decay=0.0), [(3, 2)], randn)
     with pytest.raises(ValueError, match=r"must"):
         Muon(params, **options)

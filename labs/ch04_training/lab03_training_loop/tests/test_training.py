@@ -44,9 +44,6 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _write_it_yourself(forbid):
     forbid(
-        clip_grad_norm_,
-        clip_grads_with_norm_,
-        get_total_norm,
         lr_scheduler.LRScheduler,
         lr_scheduler.LambdaLR,
         lr_scheduler.LinearLR,
@@ -56,6 +53,12 @@ def _write_it_yourself(forbid):
         torch.optim.Muon,
         why="write it yourself; the loop steps the optimizers that it is given",
     )
+
+
+@pytest.fixture
+def clip_it_yourself(forbid):
+    # Watching functions of PyTorch takes time, so only the tests that are about clipping do.
+    forbid(clip_grad_norm_, clip_grads_with_norm_, get_total_norm, why="write the clipping out")
 
 
 # --- learning_rate ----------------------------------------------------------------------------
@@ -126,6 +129,7 @@ def test_learning_rate_without_warm_up_or_without_cosine():
 
 @pytest.mark.parametrize(("step", "warmup", "total"), [(-1, 2, 5), (0, -1, 5), (0, 6, 5), (3, 1, -2)])
 def test_learning_rate_refuses_impossible_numbers(step, warmup, total):
+    assert learning_rate(0, peak=0.1, warmup=0, total=5) == 0.1
     with pytest.raises(ValueError, match=r"\d"):
         learning_rate(step, peak=0.1, warmup=warmup, total=total)
 
@@ -153,7 +157,7 @@ def with_gradients(randn, dtype=torch.float64, device="cpu", scale=1.0):
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("max_norm", [0.3, 2.0, 6.0, 1000.0])
-def test_clip_matches_pytorch(randn, device, dtype, atol, max_norm):
+def test_clip_matches_pytorch(clip_it_yourself, randn, device, dtype, atol, max_norm):
     ours, theirs = with_gradients(randn, dtype, device)
     norm, expected = clip_gradients_(ours, max_norm), clip_grad_norm_(theirs, max_norm)
     hint = "the norm is that of all gradients together, before clipping"
@@ -165,7 +169,7 @@ def test_clip_matches_pytorch(randn, device, dtype, atol, max_norm):
             assert_close(p.grad, q.grad, atol=atol, name="a gradient", hint=hint)
 
 
-def test_clip_of_a_known_norm():
+def test_clip_of_a_known_norm(clip_it_yourself):
     # 1 + 4 + 4 + 16 + 144 = 13 * 13
     params = [nn.Parameter(torch.zeros(2).double()), nn.Parameter(torch.zeros(1, 3).double())]
     params[0].grad = torch.tensor([1.0, -2.0]).double()
@@ -178,7 +182,7 @@ def test_clip_of_a_known_norm():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_clip_leaves_short_gradients_as_they_are(randn, dtype):
+def test_clip_leaves_short_gradients_as_they_are(clip_it_yourself, randn, dtype):
     ours, before = with_gradients(randn, dtype, scale=0.01)
     clip_gradients_(ours, 1.0)
     for p, q in zip(ours, before, strict=True):
@@ -186,7 +190,7 @@ def test_clip_leaves_short_gradients_as_they_are(randn, dtype):
             assert torch.equal(p.grad, q.grad), "the factor is 1 when the norm is below max_norm"
 
 
-def test_clip_works_in_place_on_gradients_only(randn):
+def test_clip_works_in_place_on_gradients_only(clip_it_yourself, randn):
     ours, before = with_gradients(randn)
     held = [p.grad for p in ours]
     norm = clip_gradients_(ours, 0.5)
@@ -196,7 +200,7 @@ def test_clip_works_in_place_on_gradients_only(randn):
         assert torch.equal(p, q), "the parameters themselves must stay"
 
 
-def test_clip_reads_the_parameters_once(randn):
+def test_clip_reads_the_parameters_once(clip_it_yourself, randn):
     ours, theirs = with_gradients(randn)
     norm, expected = clip_gradients_((p for p in ours), 0.5), clip_grad_norm_(theirs, 0.5)
     assert_close(norm, expected, atol=1e-12, name="the norm of a generator's gradients")
@@ -206,7 +210,7 @@ def test_clip_reads_the_parameters_once(randn):
             assert_close(p.grad, q.grad, atol=1e-13, name="a gradient", hint=hint)
 
 
-def test_clip_of_nothing_is_zero(randn):
+def test_clip_of_nothing_is_zero(clip_it_yourself, randn):
     for params in ([], [nn.Parameter(randn(3)), nn.Parameter(randn(2, 2))]):
         norm = clip_gradients_(params, 1.0)
         assert isinstance(norm, torch.Tensor), "the norm is a tensor, also when there is no gradient"
@@ -214,8 +218,9 @@ def test_clip_of_nothing_is_zero(randn):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-def test_clip_refuses_a_norm_that_is_not_finite(randn, bad):
+def test_clip_refuses_a_norm_that_is_not_finite(clip_it_yourself, randn, bad):
     ours, before = with_gradients(randn)
+    clip_gradients_(ours, 1e6)  # for a norm that is finite it does not raise
     ours[3].grad[2] = before[3].grad[2] = bad
     with pytest.raises(RuntimeError):
         clip_gradients_(ours, 1.0)
@@ -862,7 +867,7 @@ def by_hand(run, steps, schedule, max_norm):
 
 @pytest.mark.parametrize("max_norm", [0.05, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_train_does_what_the_plain_loop_does(max_norm, dropout):
+def test_train_does_what_the_plain_loop_does(clip_it_yourself, max_norm, dropout):
     ours, theirs = Run(dropout=dropout), Run(dropout=dropout)
     torch.manual_seed(5)
     expected = by_hand(theirs, 7, lambda step: 1 / (1 + step), max_norm)
@@ -1047,6 +1052,7 @@ def test_train_refuses_to_resume_or_save_without_a_checkpoint():
         with pytest.raises(ValueError, match="checkpoint"):
             run.train(2, **options)
         assert run.data.drawn == 0
+        assert len(run.train(1)) == 1
 
 
 def test_train_resume_needs_a_file(tmp_path):
@@ -1058,6 +1064,7 @@ def test_train_resume_needs_a_file(tmp_path):
 
 def test_learning_rates_are_set_from_the_peak():
     run = Run()
+    run.train(2)
     for factor in (0.5, 0.0, 2.0):
         set_learning_rates(run.optimizers, factor)
         groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
