@@ -52,8 +52,9 @@ MATRICES = [(5, 3), (4, 7), (6, 6), (1, 5), (3, 1)]
 
 
 def strided(values):
-    """The same numbers, in every second place of a larger tensor."""
-    return torch.stack([values, values + 77], dim=-1)[..., 0]
+    """The same numbers, in every second place of a larger tensor, its axes in reverse order."""
+    axes = tuple(reversed(range(values.dim())))
+    return torch.stack([values.permute(axes), values.permute(axes) + 77], dim=-1)[..., 0].permute(axes)
 
 
 def normal(randn, shape, **options):

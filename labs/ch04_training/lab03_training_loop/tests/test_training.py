@@ -666,11 +666,15 @@ def listed(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+class CannotBeWritten(Exception):
+    """What a `Poison` raises."""
+
+
 class Poison:
     """Raises while it is being written."""
 
     def __reduce__(self):
-        raise RuntimeError("this object cannot be written")
+        raise CannotBeWritten
 
 
 class Probe:
@@ -701,7 +705,7 @@ def assert_untouched(path, old):
 def test_checkpoint_survives_a_state_that_cannot_be_written(tmp_path, monkeypatch):
     run, path, old = old_checkpoint(tmp_path)
     monkeypatch.setattr(run.data, "state_dict", lambda: {"a": torch.zeros(1000), "b": Poison()})
-    with pytest.raises(RuntimeError, match="this object cannot be written"):
+    with pytest.raises(CannotBeWritten):
         save_checkpoint(path, step=4, **run.parts)
     assert_untouched(path, old)
 
@@ -741,7 +745,7 @@ def test_checkpoint_survives_a_rename_that_fails(tmp_path, monkeypatch):
 def test_checkpoint_that_cannot_be_written_is_not_there_at_all(tmp_path, monkeypatch):
     run = Run().warm()
     monkeypatch.setattr(run.data, "state_dict", lambda: {"b": Poison()})
-    with pytest.raises(RuntimeError, match="this object cannot be written"):
+    with pytest.raises(CannotBeWritten):
         save_checkpoint(tmp_path / "run.pt", step=4, **run.parts)
     assert listed(tmp_path) == [], f"a failed save left {listed(tmp_path)}"
 
@@ -775,7 +779,7 @@ def test_checkpoint_is_written_in_its_own_folder(tmp_path, monkeypatch):
     save_checkpoint(path, step=4, **run.parts)
     assert moves, "the new checkpoint did not come by a rename"
     for source, target in moves:
-        assert source.parent == target.parent, (
+        assert target.parent in source.parents, (
             f"the partial file was in {source.parent}, not beside the old one"
         )
 
