@@ -9,7 +9,8 @@ Generation", section 5.1, arXiv:1805.04833 (top-k sampling).
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -439,19 +440,46 @@ def train(
     if resume:
         run.load()
     with interrupt_noted() as interrupted, progress_shown(recipe.steps, progress) as show:
-        run.save()
-        for step in range(len(run.losses), recipe.steps):
-            loop.set_learning_rates(run.optimizers, schedule(step, recipe))
-            run.losses.append(take_step(model, run.optimizers, *windows.next_batch(), recipe.clip))
-            show(step + 1, run.losses[-1])
-            last = step + 1 == recipe.steps
-            if held_out is not None and (last or (step + 1) % evaluate_every == 0):
-                run.validation_losses.append((step + 1, validation_loss(model, held_out)))
-            if last or (step + 1) % save_every == 0 or interrupted.is_set():
-                run.save()
-            if interrupted.is_set():
-                raise KeyboardInterrupt
+        go_on(run, held_out, evaluate_every, save_every, show, interrupted)
     return Result(model, tokenizer, run.losses, run.validation_losses)
+
+
+def go_on(
+    run: Run,
+    held_out: Tensor | None,
+    evaluate_every: int,
+    save_every: int,
+    show: Callable[[int, float], None],
+    interrupted: threading.Event,
+) -> None:
+    """Take the steps that `run` still lacks: the loop of `train`, whose docstring says what happens when.
+
+    As many steps have been taken as there are numbers in `run.losses`; each step adds one.
+
+    Args:
+        run: changed in place.
+        held_out: the validation text, (n,), or None.
+        evaluate_every: see `train`.
+        save_every: see `train`.
+        show: called after each step with the number of steps taken and the loss of this one.
+        interrupted: `interrupted.is_set()` once Ctrl-C was pressed.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    recipe = run.recipe
+    run.save()
+    for step in range(len(run.losses), recipe.steps):
+        loop.set_learning_rates(run.optimizers, schedule(step, recipe))
+        run.losses.append(take_step(run.model, run.optimizers, *run.windows.next_batch(), recipe.clip))
+        done, last = step + 1, step + 1 == recipe.steps
+        show(done, run.losses[-1])
+        if held_out is not None and (last or done % evaluate_every == 0):
+            run.validation_losses.append((done, validation_loss(run.model, held_out)))
+        if last or done % save_every == 0 or interrupted.is_set():
+            run.save()  # here, and nowhere else: all optimizers have taken the same steps
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
 
 def load_model(folder: str | Path) -> tuple[GPT, CharTokenizer]:
