@@ -6,6 +6,8 @@
 CODE ?= src
 STACK ?= cpu
 PROFILE ?= cpu
+# Processes that run tests: a torch process takes about a gigabyte, so a machine of many cores does not get as many.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 VENV := $(or $(TOPEKA_VENV),.venv)
 
 .DEFAULT_GOAL := help
@@ -55,8 +57,8 @@ images: ## ([STACK=cuda]) build the images of cpu, cuda or multi-gpu
 grade: setup ## (CH=1 [CODE=solutions]) grade a chapter, your code or the solutions
 	@$(VENV)/bin/topeka grade "$(or $(CH),$(error which chapter? make grade CH=1))" --code "$(CODE)"
 
-test: setup ## run the packages' own tests, and every lab's tests against its solution
-	@$(VENV)/bin/python -m pytest shared/tests grader/tests labs --code solutions
+test: setup ## ([JOBS=1]) run the packages' own tests, and every lab's tests against its solution
+	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal shared/tests grader/tests labs --code solutions
 
 test-containers: setup ## test images, compose, code-server, JupyterLab and the devcontainer for real
 	@scripts/test_containers.sh

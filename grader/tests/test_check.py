@@ -90,3 +90,16 @@ def test_a_milestone_short_of_our_own_number_is_a_problem(course: Catalog):
     lab = course.labs[1]
     edit(lab.path / "tests" / "test_numbers.py", "abs(half(3.0) - 1.5)", "abs(half(3.0) - 1.5) + 1e-6")
     assert any("milestone is 1e-06" in p for p in problems(check(course, [lab], write_signatures=True)))
+
+
+def test_a_milestone_that_only_a_slow_test_measures_is_judged_when_asked_for(course: Catalog):
+    lab = course.labs[1]
+    tests = lab.path / "tests" / "test_numbers.py"
+    edit(tests, "@pytest.mark.milestone", "@pytest.mark.slow\n@pytest.mark.milestone")
+    assert problems(check(course, [lab], write_signatures=True)) == []
+    assert problems(check(course, [lab], slow=True)) == []
+    edit(tests, "abs(half(3.0) - 1.5)", "abs(half(3.0) - 1.5) + 1e-6")
+    assert problems(check(course, [lab])) == []
+    assert any("milestone is 1e-06" in p for p in problems(check(course, [lab], slow=True)))
+    edit(tests, 'milestone("largest error"', 'print("largest error"')
+    assert any("no test records it" in p for p in problems(check(course, [lab], slow=True)))

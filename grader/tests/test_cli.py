@@ -236,6 +236,7 @@ def test_a_terminal_gets_a_coloured_table(course):
     assert "\x1b[" in text
     assert "milestone" in text
     assert "largest error: 0 absolute (at most 1e-05 promised)" in text
+    assert "1 slow test left out" in text
     assert terminal.end() == 0
 
 

@@ -276,9 +276,11 @@ def test_a_submission_brings_no_tests_and_no_configuration(course, sandbox):
 
 
 def test_slow_tests_count_only_when_asked_for(course, sandbox):
-    assert len(grade(course, sandbox, RIGHT).tests) == 5
+    report = grade(course, sandbox, RIGHT)
+    assert (len(report.tests), report.slow_left_out) == (5, 1)
+    assert report.status is Status.VERIFIED
     report = grade(course, sandbox, RIGHT, slow=True)
-    assert len(report.tests) == 6
+    assert (len(report.tests), report.slow_left_out) == (6, 0)
     assert report.status is Status.VERIFIED
 
 

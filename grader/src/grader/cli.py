@@ -625,6 +625,9 @@ def check(
     write: Annotated[
         bool, typer.Option("--write", help="make the misconceptions' signatures.json anew from this run")
     ] = False,
+    slow: Annotated[
+        bool, typer.Option("--slow", help="the solution's run has the tests marked slow too")
+    ] = False,
 ) -> None:
     """For authors: prove that skeletons fail, solutions pass and misconceptions are caught."""
     import time
@@ -639,6 +642,7 @@ def check(
             catalog.select(targets),
             cache=_cache(catalog),
             write_signatures=write,
+            slow=slow,
             on_run=progress.run,
         )
     print_checks(_console(), found, time.monotonic() - started)

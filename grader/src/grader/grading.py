@@ -113,7 +113,9 @@ def grade_lab(
         expected = expected_tests(catalog, lab, lambda: sandbox, cache)
     except SandboxFailed as error:
         return LabReport(lab=lab.id, title=lab.title, status=Status.ERROR, reason=str(error))
-    expected = tuple(t for t in expected if (slow or not t.slow) and (only is None or only(t.name)))
+    expected = tuple(t for t in expected if only is None or only(t.name))
+    left_out = 0 if slow else sum(t.slow for t in expected)
+    expected = tuple(t for t in expected if slow or not t.slow)
     job = Job(
         id=f"{lab.id}-{time.monotonic_ns()}",
         folder=f"{lab.path.parent.name}/{lab.path.name}",
@@ -134,10 +136,16 @@ def grade_lab(
                 on_event(lab, event)
     except SandboxFailed as error:
         return LabReport(lab=lab.id, title=lab.title, status=Status.ERROR, reason=str(error))
-    return _fold(lab, expected, events, job.limits)
+    return _fold(lab, expected, events, job.limits, left_out)
 
 
-def _fold(lab: Lab, expected: Sequence[ExpectedTest], events: Iterable[Event], limits: Limits) -> LabReport:
+def _fold(
+    lab: Lab,
+    expected: Sequence[ExpectedTest],
+    events: Iterable[Event],
+    limits: Limits,
+    slow_left_out: int,
+) -> LabReport:
     results: dict[str, TestResult] = {}
     milestones: list[MilestoneResult] = []
     collect_errors: list[Event] = []
@@ -183,6 +191,7 @@ def _fold(lab: Lab, expected: Sequence[ExpectedTest], events: Iterable[Event], l
         peak_memory_bytes=finished["peak_memory_bytes"],
         output=finished["output"] if status is not Status.VERIFIED else "",
         output_cut=finished["output_cut"],
+        slow_left_out=slow_left_out,
     )
 
 

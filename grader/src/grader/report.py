@@ -110,6 +110,8 @@ class LabReport(_Frozen):
         peak_memory_bytes: of the largest process.
         output: the end of what the run printed outside of tests.
         output_cut: whether `output` is only the end.
+        slow_left_out: how many tests marked slow the lab has and this run did not ask for. They do not decide
+            the status; a milestone may be among them.
     """
 
     lab: str
@@ -123,6 +125,7 @@ class LabReport(_Frozen):
     peak_memory_bytes: int | None = None
     output: str = ""
     output_cut: bool = False
+    slow_left_out: int = 0
 
     @computed_field  # type: ignore[prop-decorator]
     @property

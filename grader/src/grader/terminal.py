@@ -56,7 +56,7 @@ def _table(report: Report) -> Table:
             Text(words(lab.status), style=STYLES[lab.status]),
             f"{lab.passed}/{len(lab.tests)}",
             f"{lab.seconds:.1f}",
-            Text("\n".join(_milestone(m) for m in lab.milestones)),
+            Text("\n".join(_measured(lab))),
         )
     return table
 
@@ -69,7 +69,15 @@ def _plain_line(lab: LabReport) -> str:
         f"{lab.seconds:.1f} s",
         lab.title,
     ]
-    return "  ".join(parts + [_milestone(m) for m in lab.milestones])
+    return "  ".join(parts + _measured(lab))
+
+
+def _measured(lab: LabReport) -> list[str]:
+    lines = [_milestone(m) for m in lab.milestones]
+    if lab.slow_left_out and lab.status is Status.VERIFIED:
+        tests = "1 slow test" if lab.slow_left_out == 1 else f"{lab.slow_left_out} slow tests"
+        lines.append(f"{tests} left out: --slow runs {'it' if lab.slow_left_out == 1 else 'them'}")
+    return lines
 
 
 def _milestone(m: MilestoneResult) -> str:

