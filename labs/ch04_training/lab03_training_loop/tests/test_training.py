@@ -438,6 +438,37 @@ def test_accumulation_frees_each_graph_before_the_next():
     )
 
 
+class Token:
+    """Lives as long as the graph it was put into."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity, with a `Token` in its graph."""
+
+    @staticmethod
+    def forward(ctx, x, tokens):
+        ctx.token = Token()
+        tokens.add(ctx.token)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def test_accumulation_keeps_no_graph():
+    tokens, counts = weakref.WeakSet(), []
+
+    def marked_loss(logits, targets):
+        counts.append(len(tokens))
+        return loss_sum(Marked.apply(logits, tokens), targets)
+
+    accumulate_gradients(Model(), marked_loss, micro_batches((2, 3), (1, 4), (3, 2), (1, 2), (2, 2)))
+    assert max(counts) <= 1, (
+        f"graphs alive before the loss of each micro-batch: {counts}. Whatever you keep of a loss, detach it"
+    )
+
+
 @pytest.mark.parametrize("sizes", [[], [(2, 3, 6)], [(1, 2, 2), (2, 2, 4)]], ids=["none", "one", "two"])
 def test_accumulation_refuses_batches_without_targets(sizes):
     model = Model()
