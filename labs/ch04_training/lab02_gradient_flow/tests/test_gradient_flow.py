@@ -457,6 +457,8 @@ def test_recorder_changes_neither_outputs_nor_gradients(randn, training):
     found = passes(watched, again, recorder)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs), "an output or a gradient is another one under the recorder"
+    assert names_of(recorder) == ["0", "1", "2", "3", "4", ""], "recorded in training and in evaluation mode"
+    assert all(call.grad_rms is not None for call in recorder.calls)
     assert torch.equal(again, x), "the input was changed"
     assert [m.training for m in watched.modules()] == [training] * 6, "the training mode was changed"
     for mine, theirs in zip(watched.buffers(), plain.buffers(), strict=True):
