@@ -41,7 +41,7 @@ from train import (
 AdamW, Muon = (getattr(solution_of("ch04/lab03", "optimizers"), name) for name in ("AdamW", "Muon"))
 TINY = ModelConfig(vocab_size=9, context=6, layers=1, heads=2, width=12)
 RECIPE = Recipe(model=TINY, steps=9, batch=3, warmup=2)
-TEXT = "the cat sat on the mat; the hen ate ten nets. " * 3
+TEXT = "the cat sat on the mat;\nthe hen ate ten nets. " * 3
 
 
 @pytest.fixture(autouse=True)
@@ -804,19 +804,19 @@ def best_possible_loss(text, context):
 
 
 def test_learns_a_language_of_known_entropy(rng):
-    """200 steps of 256 characters: within 0.016 nats of the best possible loss.
+    """150 steps of 512 characters: within 0.02 nats of the best possible loss.
 
-    Measured over ten seeds: 0.006 to 0.011 above it. Without the fall of the learning rate: 0.03.
+    Measured over eight seeds: 0.005 to 0.011 above it. Without the fall of the learning rate: 0.03 and more.
     """
     text, held_out = (" ".join(rng.choice(WORDS, size=n, p=SHARES).tolist()) for n in (6000, 1000))
     small = ModelConfig(context=32, layers=2, heads=2, width=32)
-    recipe = Recipe(model=small, steps=200, batch=8, warmup=10, lr=2e-2, muon_lr=0.06)
+    recipe = Recipe(model=small, steps=150, batch=16, warmup=10, lr=2e-2, muon_lr=0.06)
     result = train(text, recipe, seed=int(rng.integers(1000)))
     excess = own_loss(result, held_out) - best_possible_loss(held_out, 32)
     assert excess > -0.002, (
         "the loss is lower than the language allows: can a logit see the character it predicts?"
     )
-    assert excess < 0.016, (
+    assert excess < 0.02, (
         f"the loss is {excess:.3f} nats above the best possible one: do all parameters learn, and at the right rate?"
     )
 
