@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import display
 import pytest
 import shared.data
 import torch
@@ -41,7 +40,7 @@ from train import (
 AdamW, Muon = (getattr(solution_of("ch04/lab03", "optimizers"), name) for name in ("AdamW", "Muon"))
 TINY = ModelConfig(vocab_size=9, context=6, layers=1, heads=2, width=12)
 RECIPE = Recipe(model=TINY, steps=9, batch=3, warmup=2)
-TEXT = "the cat sat on the mat; the hen ate ten nets. " * 3
+TEXT = "the cat sat on the mat;\nthe hen ate ten nets. " * 3
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +243,7 @@ def test_validation_loss_leaves_the_model_as_it_was(mode, randn):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_validation_loss_of_too_short_a_text(n, randn):
+    validation_loss(Table(randn(9, 9), context=4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="two characters"):
         validation_loss(Table(randn(9, 9), context=4), torch.zeros(n, dtype=torch.int64))
 
@@ -344,6 +344,7 @@ def test_sample_on_the_device_of_the_model(device):
     ],
 )
 def test_sample_refuses_what_makes_no_sense(prompt, length, options, randn):
+    sample(Table(randn(9, 9), context=3), LETTERS, "a", 1, temperature=0.5, top_k=1)
     with pytest.raises(ValueError, match=r"\?|need"):
         sample(Table(randn(9, 9), context=3), LETTERS, prompt, length, **options)
 
@@ -391,6 +392,7 @@ def test_optimizers_have_the_options_of_the_recipe():
 
 def test_optimizers_of_nanogpts_recipe():
     model = GPT(replace(TINY, norm="layer", start="gpt2", tied=True, positions="learned"))
+    assert len(make_optimizers(model, Recipe())) == 2
     (adamw,) = make_optimizers(model, Recipe(optimizer="adamw", lr=0.01, weight_decay=0.3))
     assert type(adamw) is AdamW
     for group in adamw.param_groups:
@@ -413,6 +415,9 @@ def test_schedule_of_nanogpt_is_lab_43s():
     rate = solution_of("ch04/lab03", "training").learning_rate
     for step in range(40):
         assert_close(schedule(step, recipe), rate(step, peak=1.0, warmup=6, total=40, final=0.1), atol=1e-12)
+    assert schedule(39, replace(recipe, decay="linear")) < schedule(39, recipe), (
+        "only nanoGPT's stops at a tenth"
+    )
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -619,14 +624,15 @@ def test_ctrl_c_stops_a_run_that_is_saved_nowhere(after_each_optimizer):
     steps = []
 
     def press(optimizer, taken):
-        steps.append(taken)
-        if taken == 3:
-            signal.raise_signal(signal.SIGINT)
+        if isinstance(optimizer, Muon):
+            steps.append(taken)
+            if taken == 3:
+                signal.raise_signal(signal.SIGINT)
 
     after_each_optimizer(press)
     with pytest.raises(KeyboardInterrupt):
         train(TEXT, RECIPE)
-    assert max(steps) == 3
+    assert steps == [1, 2, 3], "the step is finished, and no other is begun"
 
 
 def test_resumed_run_goes_on_where_it_was_saved(tmp_path, monkeypatch, after_each_optimizer):
@@ -759,12 +765,13 @@ def test_program_trains_and_writes_500_characters(tmp_path, monkeypatch, capsys)
     assert lab.main(["--steps", "12", "--resume", "--folder", str(tmp_path)]) == 0
 
 
-def test_bar_on_a_terminal(monkeypatch):
+def test_bar_on_a_terminal(monkeypatch, capsys):
     """With rich, where it is installed. Where it is not, the lines of `test_train_shows_every_step`."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with display.progress_shown(4, True) as show:
-        for done in range(1, 5):
-            show(done, 1.5)
+    train(TEXT, RECIPE, progress=True)
+    said = capsys.readouterr().out
+    assert "9 of 9" in said
+    assert "loss" in said
 
 
 # --- it learns ------------------------------------------------------------------------------------
@@ -804,19 +811,19 @@ def best_possible_loss(text, context):
 
 
 def test_learns_a_language_of_known_entropy(rng):
-    """200 steps of 256 characters: within 0.016 nats of the best possible loss.
+    """150 steps of 512 characters: within 0.02 nats of the best possible loss.
 
-    Measured over ten seeds: 0.006 to 0.011 above it. Without the fall of the learning rate: 0.03.
+    Measured over eight seeds: 0.005 to 0.011 above it. Without the fall of the learning rate: 0.03 and more.
     """
     text, held_out = (" ".join(rng.choice(WORDS, size=n, p=SHARES).tolist()) for n in (6000, 1000))
     small = ModelConfig(context=32, layers=2, heads=2, width=32)
-    recipe = Recipe(model=small, steps=200, batch=8, warmup=10, lr=2e-2, muon_lr=0.06)
+    recipe = Recipe(model=small, steps=150, batch=16, warmup=10, lr=2e-2, muon_lr=0.06)
     result = train(text, recipe, seed=int(rng.integers(1000)))
     excess = own_loss(result, held_out) - best_possible_loss(held_out, 32)
     assert excess > -0.002, (
         "the loss is lower than the language allows: can a logit see the character it predicts?"
     )
-    assert excess < 0.016, (
+    assert excess < 0.02, (
         f"the loss is {excess:.3f} nats above the best possible one: do all parameters learn, and at the right rate?"
     )
 
