@@ -719,7 +719,7 @@ def test_chunked_gradients_accumulate_over_backward_calls(randn):
 def test_chunked_loss_of_strided_inputs_which_stay_as_they_are(randn):
     p = problem(randn)
     p.hidden = randn(5, 22)[:, ::2].T  # (11, 5)
-    p.weight = randn(13, 10)[:, ::2]  # (13, 5)
+    p.weight = randn(5, 26)[:, ::2].T  # (13, 5)
     p.targets = torch.stack([p.targets, p.targets + 77], dim=-1)[:, 0]
     before = p.hidden.clone(), p.weight.clone(), p.targets.clone()
     hidden, weight = p.hidden.detach().requires_grad_(), p.weight.detach().requires_grad_()
