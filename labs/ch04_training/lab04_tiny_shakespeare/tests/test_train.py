@@ -749,6 +749,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 def test_program_stopped_by_ctrl_c_says_how_to_go_on(tmp_path):
     """A real SIGINT to a real process: exit code 130, a checkpoint, a figure, a sentence."""
+    train(TEXT, RECIPE)  # what is not written yet is found here, not in the other process
     program = PROGRAM.format(code=str(Path(lab.__file__).parent), text=TEXT * 5)
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(
