@@ -337,6 +337,12 @@ def test_start_again_draws_new_weights(randn):
     torch.manual_seed(3)
     two = GPT(ModelConfig(**SMALL)).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one), "an equal seed must give equal weights"
+    model = GPT(ModelConfig(**SMALL))
+    first = model.embedding.weight.detach().clone()
+    model.reset_parameters()
+    assert not torch.equal(model.embedding.weight, first), (
+        "PyTorch's generator decides, and goes on from draw to draw"
+    )
 
 
 def test_start_of_a_tied_head_is_gpt2s():

@@ -268,7 +268,7 @@ def test_sample_at_temperature_0_takes_the_likeliest(randn):
     ("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 4), (1.0, 20), (0.1, 2)], ids=str
 )
 def test_sample_draws_from_the_softmax(temperature, top_k, randn):
-    row = randn(9)
+    row = temperature * randn(9)  # so that no character is certain, however cold
     model = Table(row.expand(9, 9).clone(), context=1)
     generator = torch.Generator().manual_seed(5)
     n = 2500
@@ -322,6 +322,7 @@ def test_sample_is_decided_by_the_generator(randn):
     default = sample(model, LETTERS, "a", 40)
     torch.manual_seed(4)
     assert default == sample(model, LETTERS, "a", 40), "without a generator, PyTorch's own decides"
+    assert default != sample(model, LETTERS, "a", 40), "and goes on from call to call"
 
 
 def test_sample_on_the_device_of_the_model(device):
@@ -486,6 +487,16 @@ def test_train_is_decided_by_the_seed():
     assert train(TEXT, RECIPE, seed=3).losses != one.losses
 
 
+def test_train_clips_as_the_recipe_says(monkeypatch):
+    clip, norms = lab.loop.clip_gradients_, []
+    monkeypatch.setattr(lab.loop, "clip_gradients_", lambda p, norm: (norms.append(norm), clip(p, norm))[1])
+    train(TEXT, replace(RECIPE, steps=3, clip=0.25))
+    assert norms == [0.25] * 3
+    norms.clear()
+    train(TEXT, replace(RECIPE, steps=3))
+    assert not norms, "the recipe does not clip"
+
+
 def test_train_measures_the_validation_loss_when_it_is_time():
     validation = "ten cats. the mat sat; a hen"
     result = train(TEXT, RECIPE, seed=1, validation=validation, evaluate_every=4)
@@ -617,6 +628,20 @@ def test_ctrl_c_while_the_validation_loss_is_measured(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(TEXT, RECIPE, seed=1, folder=tmp_path, **VALIDATION)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert_same_run(train(TEXT, RECIPE, seed=1, folder=tmp_path, resume=True, **VALIDATION), unbroken)
+
+
+def test_interrupted_while_the_validation_loss_is_measured(tmp_path, monkeypatch):
+    """Saved before it was measured, the loss at step 4 would be lost: a run that goes on never measures it."""
+    unbroken = train(TEXT, RECIPE, seed=1, **VALIDATION)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "validation_loss", broken)
+        with pytest.raises(RuntimeError):
+            train(TEXT, RECIPE, seed=1, folder=tmp_path, save_every=4, **VALIDATION)
     assert_same_run(train(TEXT, RECIPE, seed=1, folder=tmp_path, resume=True, **VALIDATION), unbroken)
 
 
