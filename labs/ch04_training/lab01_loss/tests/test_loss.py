@@ -642,8 +642,8 @@ def test_chunked_loss_of_no_tokens_is_zero(randn, N):
 def test_chunked_gradients_are_multiplied_by_the_one_from_above(randn):
     p = problem(randn)
     loss = chunked(p, 4)
-    actual = gradients(lambda h, w: (3 * loss(h, w)).square(), p.hidden, p.weight)
-    expected = gradients(lambda h, w: (3 * at_once(p)(h, w)).square(), p.hidden, p.weight)
+    actual = gradients(lambda h, w: -(3 * loss(h, w)).square(), p.hidden, p.weight)
+    expected = gradients(lambda h, w: -(3 * at_once(p)(h, w)).square(), p.hidden, p.weight)
     hint = "the loss is not the end: it may be scaled, or be one term of many. Multiply by the gradient that comes in"
     assert_same_as_at_once(actual, expected, atol=1e-11, hint=hint)
 
@@ -664,8 +664,8 @@ def test_chunked_losses_do_not_disturb_each_other(randn):
     p, q = problem(randn), problem(randn, N=7, V=13)
     weight = p.weight.requires_grad_()
     hidden = p.hidden.requires_grad_(), q.hidden.requires_grad_()
-    ours = chunked(p, 4)(hidden[0], weight) + 2 * chunked(q, 3, label_smoothing=0.2)(hidden[1], weight)
-    theirs = at_once(p)(hidden[0], weight) + 2 * at_once(q, smoothing=0.2)(hidden[1], weight)
+    ours = chunked(p, 4)(hidden[0], weight) - 2 * chunked(q, 3, label_smoothing=0.2)(hidden[1], weight)
+    theirs = at_once(p)(hidden[0], weight) - 2 * at_once(q, smoothing=0.2)(hidden[1], weight)
     actual, expected = (torch.autograd.grad(loss, (*hidden, weight)) for loss in (ours, theirs))
     hint = "two losses before one backward pass: each keeps what is its own"
     for name, a, e in zip(("first hidden", "second hidden", "weight"), actual, expected, strict=True):
