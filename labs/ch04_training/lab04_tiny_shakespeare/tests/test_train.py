@@ -61,8 +61,9 @@ def after_each_optimizer():
         taken = {}
 
         def hook(optimizer, *_):
-            taken[id(optimizer)] = taken.get(id(optimizer), 0) + 1
-            function(optimizer, taken[id(optimizer)])
+            # The key is the optimizer, not its id, which a later one may get once this one is gone.
+            taken[optimizer] = taken.get(optimizer, 0) + 1
+            function(optimizer, taken[optimizer])
 
         handles.append(register_optimizer_step_post_hook(hook))
 
