@@ -26,13 +26,7 @@ NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=[
 SMOOTHING = pytest.mark.parametrize("smoothing", [0.0, 0.13])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The tensors are small: threads only cost time here, and make the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -31,14 +31,7 @@ from training import (
     train,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The tensors are tiny, and results that must be equal bit by bit are added up in the same order.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -43,13 +43,7 @@ RECIPE = Recipe(model=TINY, steps=9, batch=3, warmup=2)
 TEXT = "the cat sat on the mat;\nthe hen ate ten nets. " * 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small, and results that must be equal bit by bit are added up in the same order.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
