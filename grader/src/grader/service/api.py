@@ -84,7 +84,9 @@ class LabAnswer(_Answer):
     minutes: int
     planned: bool
     files: tuple[str, ...]
-    status: str | None = Field(description="the best so far: verified if any submission was; null without one")
+    status: str | None = Field(
+        description="the best so far: verified if any submission was; null without one"
+    )
 
 
 class ChapterAnswer(_Answer):
@@ -157,7 +159,9 @@ def create_app(service: Service) -> FastAPI:
             if not length.isdigit():
                 return problems.problem(411, "say how long the request is: Content-Length")
             if int(length) > service.settings.max_request_bytes:
-                return problems.problem(413, f"a request may have {service.settings.max_request_bytes:,} bytes")
+                return problems.problem(
+                    413, f"a request may have {service.settings.max_request_bytes:,} bytes"
+                )
         response: Response = await call_next(request)
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers.setdefault("Referrer-Policy", "no-referrer")
@@ -177,7 +181,8 @@ def _routes(service: Service) -> APIRouter:
         with service.database.session() as opened:
             yield opened
 
-    Transaction = Annotated[Session, Depends(session)]
+    # Committed before the response leaves: what a client is told has happened.
+    Transaction = Annotated[Session, Depends(session, scope="function")]
 
     def who(
         opened: Transaction, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
@@ -243,7 +248,9 @@ def _routes(service: Service) -> APIRouter:
         return found, new
 
     @router.post("/submissions", status_code=201, responses={200: {"description": "the same content again"}})
-    def submit(body: SubmitRequest, opened: Transaction, asker: Asker, response: Response) -> SubmissionAnswer:
+    def submit(
+        body: SubmitRequest, opened: Transaction, asker: Asker, response: Response
+    ) -> SubmissionAnswer:
         """Submit code for a lab. The same content within a minute is the same submission."""
         limit = RateLimitItemPerMinute(service.settings.submissions_per_minute)
         if not service.limiter.hit(limit, asker.user_id):
@@ -342,7 +349,11 @@ def _routes(service: Service) -> APIRouter:
             told = [ServerSentEvent(json.dumps(e.data), event=e.kind, id=str(e.number)) for e in found]
             return told, found[-1].number if found else after, final and not found
 
-        after = int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 10 else 0
+        after = (
+            int(last_event_id)
+            if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 10
+            else 0
+        )
         first = await asyncio.to_thread(look, after)
 
         async def told() -> AsyncIterator[ServerSentEvent]:
@@ -457,13 +468,17 @@ def _routes(service: Service) -> APIRouter:
     def metrics(opened: Transaction, _: Teacher) -> Response:
         """Return measurements in Prometheus's text format."""
         waiting = opened.execute(
-            select(Submission.queue, func.count()).where(Submission.state == State.QUEUED).group_by(Submission.queue)
+            select(Submission.queue, func.count())
+            .where(Submission.state == State.QUEUED)
+            .group_by(Submission.queue)
         )
         service.depth.clear()
         for queue, count in waiting:
             service.depth.labels(queue).set(count)
         service.workers.set(sum(_alive(w, service.settings) for w in opened.scalars(select(Worker))))
-        return Response(generate_latest(service.metrics), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            generate_latest(service.metrics), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     return router
 

@@ -170,10 +170,16 @@ def finish(session: Session, submission_id: str, attempt: int, report: GradingRe
     session.add(Report(submission_id=submission_id, document=report.model_dump(mode="json")))
     session.execute(
         update(Worker)
-        .where(Worker.id == select(Submission.worker_id).where(Submission.id == submission_id).scalar_subquery())
+        .where(
+            Worker.id == select(Submission.worker_id).where(Submission.id == submission_id).scalar_subquery()
+        )
         .values(graded=Worker.graded + 1)
     )
-    _append(session, submission_id, [("graded", {"status": lab.status.value, "passed": lab.passed, "tests": len(lab.tests)})])
+    _append(
+        session,
+        submission_id,
+        [("graded", {"status": lab.status.value, "passed": lab.passed, "tests": len(lab.tests)})],
+    )
     return True
 
 
@@ -203,7 +209,9 @@ def events_after(session: Session, submission_id: str, number: int, limit: int =
     )
 
 
-def _change(session: Session, submission_id: str, before: tuple[State, ...], *conditions: Any, **values: Any) -> bool:
+def _change(
+    session: Session, submission_id: str, before: tuple[State, ...], *conditions: Any, **values: Any
+) -> bool:
     result = session.execute(
         update(Submission)
         .where(Submission.id == submission_id, Submission.state.in_(before), *conditions)

@@ -66,7 +66,9 @@ class WorkQueue:
             found[workflow.queue_name or ""] = found.get(workflow.queue_name or "", 0) + 1
         return found
 
-    def requeue_of(self, worker_ids: Sequence[str], queue_of_submission: Callable[[str], str | None]) -> list[str]:
+    def requeue_of(
+        self, worker_ids: Sequence[str], queue_of_submission: Callable[[str], str | None]
+    ) -> list[str]:
         """Put back what lost workers had begun, each on the queue it came from.
 
         Args:
@@ -79,7 +81,11 @@ class WorkQueue:
         if not worker_ids:
             return []
         begun = self._client.list_workflows(
-            status="PENDING", name=_WORKFLOW, executor_id=list(worker_ids), load_input=False, load_output=False
+            status="PENDING",
+            name=_WORKFLOW,
+            executor_id=list(worker_ids),
+            load_input=False,
+            load_output=False,
         )
         back = []
         for workflow in begun:
