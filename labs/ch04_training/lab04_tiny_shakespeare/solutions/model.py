@@ -1,0 +1,266 @@
+"""A GPT of less than a million parameters, as it is built in 2026, and the parts of 2019 to compare with.
+
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2, as in nanoGPT);
+Su et al. 2021, "RoFormer", section 3.4, arXiv:2104.09864 (rotary positions); Zhang and Sennrich 2019, "Root Mean
+Square Layer Normalization", arXiv:1910.07467; Henry et al. 2020, "Query-Key Normalization for Transformers",
+arXiv:2010.04245; Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202 (SwiGLU); Jordan et al.
+2024, modded-nanogpt (the quiet start).
+
+Shapes: B sequences, T characters, E = width features, H heads of D = E / H, F hidden features, V characters known.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what a `GPT` computes, except its weights.
+
+    The defaults are our recipe. The other choices are GPT-2's, and code for them is given.
+
+    Attributes:
+        vocab_size: V, how many characters there are.
+        context: how many characters the model is trained to look at.
+        layers: number of blocks.
+        heads: H.
+        width: E, a multiple of H; D = E / H is even.
+        positions: "rotary", or GPT-2's "learned", which ends at `context`.
+        norm: "rms": RMSNorm without weights, also for the embedding. "layer": LayerNorm with a weight.
+        qk_norm: whether queries and keys are normalised, head by head.
+        activation: of the feed-forward layer: "swiglu", or GPT-2's "gelu".
+        start: of the weights: "quiet", see `GPT.reset_parameters`, or "gpt2".
+        tied: whether the head is the embedding's matrix once more. For `start="gpt2"` only.
+        rotary_base: the slowest pair of features turns by nearly 1 / rotary_base from character to character.
+    """
+
+    vocab_size: int = 65
+    context: int = 128
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    positions: Literal["rotary", "learned"] = "rotary"
+    norm: Literal["rms", "layer"] = "rms"
+    qk_norm: bool = True
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    start: Literal["quiet", "gpt2"] = "quiet"
+    tied: bool = False
+    rotary_base: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} cannot be cut into {self.heads} heads of an even size")
+        if self.tied and self.start != "gpt2":
+            raise ValueError('a head that starts at zero cannot be the embedding: tied needs start="gpt2"')
+
+
+# --- Part 1: the two sub-layers ---------------------------------------------------------------
+
+
+def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the angles t * base^(-2 i / D), each (T, D / 2), float32.
+
+    Row t is for position t = 0 ... T - 1, column i for the i-th pair of features.
+    """
+    pair = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)  # 2 i
+    position = torch.arange(length, device=device, dtype=torch.float32)
+    angle = position[:, None] * base ** (-pair / head_dim)  # (T, D / 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every pair of features (x_i, x_{i + D/2}) by the angle of its position and pair.
+
+    The pair (a, b) becomes (a cos - b sin, a sin + b cos). This is the layout of Llama in Hugging Face
+    transformers: the first half of the features are the a, the second half the b.
+
+    Args:
+        x: (B, H, T, D), of any memory layout. It is not modified.
+        cos: (T, D / 2), see `rotary_tables`.
+        sin: (T, D / 2).
+
+    Returns:
+        (B, H, T, D), of the dtype of `x`, which may have fewer digits than the tables.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which no character reads a later one.
+
+    Attributes:
+        q_proj, k_proj, v_proj, out_proj: nn.Linear, E -> E, without bias. Head h owns features
+            h * D to (h + 1) * D of the first three's output and of the last one's input.
+        config: the model's.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        E = config.width
+        self.q_proj, self.k_proj = nn.Linear(E, E, bias=False), nn.Linear(E, E, bias=False)
+        self.v_proj, self.out_proj = nn.Linear(E, E, bias=False), nn.Linear(E, E, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what each character reads from itself and those before it.
+
+        Queries and keys, each head on its own: with `qk_norm` they are divided by the root of the mean
+        of their D squares (`F.rms_norm` with its default eps); then, with "rotary" positions, rotated by
+        their positions. Scores are divided by sqrt(D), as always.
+
+        Args:
+            x: (B, T, E).
+
+        Returns:
+            (B, T, E).
+        """
+        config = self.config
+        Q, K, V = (
+            proj(x).unflatten(-1, (config.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if config.qk_norm:
+            Q, K = (F.rms_norm(each, each.shape[-1:]) for each in (Q, K))
+        if config.positions == "rotary":
+            cos, sin = rotary_tables(x.shape[1], Q.shape[-1], config.rotary_base, x.device)
+            Q, K = rotate(Q, cos, sin), rotate(K, cos, sin)
+        heads = F.scaled_dot_product_attention(Q, K, V, is_causal=True)
+        return self.out_proj(heads.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """The feed-forward layer, each character on its own: E -> F -> E, without biases.
+
+    Attributes:
+        up_proj: nn.Linear, E -> F. F is 4 E, but 8 E / 3 rounded down for SwiGLU, which has a third matrix.
+        gate_proj: nn.Linear, E -> F, for SwiGLU only.
+        down_proj: nn.Linear, F -> E.
+        activation: as in `ModelConfig`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        E = config.width
+        hidden = 8 * E // 3 if self.activation == "swiglu" else 4 * E
+        if self.activation == "swiglu":
+            self.gate_proj = nn.Linear(E, hidden, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(E, hidden, bias=False), nn.Linear(hidden, E, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, of the shape of `x`, (B, T, E).
+
+        "swiglu": down_proj(silu(gate_proj(x)) * up_proj(x)).
+        "gelu": down_proj(gelu(up_proj(x))), the exact GELU.
+        """
+        if self.activation == "gelu":
+            return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# --- Part 2: the model ------------------------------------------------------------------------
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm that stands before each sub-layer and before the head."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.width, elementwise_affine=False)
+    return nn.LayerNorm(config.width, bias=False)
+
+
+class Block(nn.Module):
+    """A pre-norm block, as in lab 2.4."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.attention, self.feed_forward = CausalSelfAttention(config), FeedForward(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stream after both sub-layers, (B, T, E)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Characters in, logits of each next character out.
+
+    Attributes:
+        config: what it was built from.
+        embedding: nn.Embedding, V rows of E.
+        positions: nn.Embedding, `context` rows of E, for "learned" positions only.
+        blocks: nn.ModuleList of `Block`.
+        norm: before the head.
+        head: nn.Linear, E -> V, without bias. Tied, its weight is that of `embedding`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        if config.start == "gpt2":
+            self.reset_parameters_as_gpt2()
+        else:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, so that every block starts as the identity and every logit as 0.
+
+        out_proj and down_proj of every block, and the head: all zeros. Every other weight of an
+        nn.Linear: normal, with mean 0 and standard deviation sqrt(3 / (4 n)) for n inputs.
+        Embeddings: normal, with mean 0 and standard deviation 1.
+        """
+        for name, module in self.named_modules():
+            if name.endswith(("out_proj", "down_proj", "head")):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=math.sqrt(0.75 / module.in_features))
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+
+    @torch.no_grad()
+    def reset_parameters_as_gpt2(self) -> None:
+        """Draw all weights as GPT-2 does: standard deviation 0.02, less for what writes to the stream."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes = name.endswith(("out_proj", "down_proj"))
+                nn.init.normal_(
+                    module.weight, std=0.02 / math.sqrt(2 * self.config.layers) if writes else 0.02
+                )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of the character after each one.
+
+        The stream starts with the embeddings, plus those of the positions 0 ... T - 1 if they are learned.
+        With norm "rms" it is first divided by the root of the mean of its E squares (`F.rms_norm`). Then come
+        the blocks, `norm` and `head`.
+
+        Args:
+            ids: (B, T), integers from 0 to V - 1. With rotary positions T may exceed `context`.
+
+        Returns:
+            (B, T, V).
+        """
+        config = self.config
+        x = self.embedding(ids)  # (B, T, E)
+        if config.positions == "learned":
+            x = x + self.positions.weight[: ids.shape[1]]
+        if config.norm == "rms":
+            x = F.rms_norm(x, x.shape[-1:])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
