@@ -377,9 +377,9 @@ def _routes(service: Service) -> APIRouter:
             .order_by(Submission.finished)
         )
         found: dict[str, str] = {}
-        for lab, status in rows:
-            if found.get(lab) != "verified":
-                found[lab] = status
+        for lab, came_out in rows:
+            if came_out is not None and found.get(lab) != "verified":
+                found[lab] = came_out
         return found
 
     @router.get("/catalog")

@@ -12,6 +12,7 @@ from typing import Any
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from filelock import FileLock
 from sqlalchemy import Engine, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -85,7 +86,7 @@ class Database:
                 command.upgrade(config, "head")
         except DBAPIError as error:
             raise DatabaseUnusable(f"the database cannot be used: {error.orig}") from error
-        except command.util.CommandError as error:
+        except CommandError as error:
             raise DatabaseUnusable(
                 f"the database was made by another version of topeka: {error}; install that one or newer"
             ) from error

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import socket as Socket
 
 import uvicorn
 
@@ -52,7 +53,7 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
     worker = sandbox = None
     try:
         app = create_app(Service(database, settings, catalog, WorkQueue(database)))
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 app,
                 host=settings.host,
@@ -74,8 +75,9 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
             sandbox, stack = make_sandbox()
             worker = _worker(database, settings, catalog, sandbox, stack, 0, cache)
             worker.start()
-        host, port = socket.getsockname()[:2]
-        print(f"Topeka's grader listens on http://{host}:{port}; Ctrl-C ends it.", flush=True)
+        # uvicorn hands its signals on once it has ended; ours do nothing, so that the worker can drain.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
         server.run(sockets=[socket])
     finally:
         if worker:
@@ -83,6 +85,14 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
         if sandbox:
             sandbox.close()
         database.close()
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[Socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            print(f"Topeka's grader listens on http://{host}:{port}; Ctrl-C ends it.", flush=True)
 
 
 def work(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, slot: int, cache: Path) -> None:

@@ -209,7 +209,8 @@ class _Batches:
 
 def _told(event: Event) -> Iterator[tuple[str, dict[str, Any]]]:
     """What watchers are told while the tests run: names, outcomes and messages."""
-    if event["event"] == "test":
+    # Tests marked slow that were not asked for are skipped, and no report knows them.
+    if event["event"] == "test" and not event["message"].startswith("slow:"):
         outcome = Outcome.NOT_WRITTEN.value if event["not_written"] else event["outcome"]
         yield (
             "test",
