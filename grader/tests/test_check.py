@@ -92,6 +92,27 @@ def test_a_milestone_short_of_our_own_number_is_a_problem(course: Catalog):
     assert any("milestone is 1e-06" in p for p in problems(check(course, [lab], write_signatures=True)))
 
 
+def test_every_milestone_is_judged(course: Catalog):
+    lab = course.labs[1]
+    tests = lab.path / "tests" / "test_numbers.py"
+    edit(
+        tests,
+        '    milestone("largest error"',
+        '    milestone("smallest", 0.0, 1e-5, "absolute", better="lower")\n    milestone("largest error"',
+    )
+    edit(tests, "abs(half(3.0) - 1.5)", "abs(half(3.0) - 1.5) + 1e-6")
+    assert any("milestone is 1e-06" in p for p in problems(check(course, [lab], write_signatures=True)))
+
+
+def test_a_misconception_that_could_not_be_run_is_said_to_have_been(course: Catalog):
+    lab = course.labs[0]
+    edit(lab.path / "misconceptions.toml", 'replace = "return x"', "replace = \"__import__('os')._exit(0)\"")
+    [found] = [
+        p for p in problems(check(course, [lab], write_signatures=True)) if "forgets_the_operator" in p
+    ]
+    assert "is not caught by test_double: the process ended" in found
+
+
 def test_a_milestone_that_only_a_slow_test_measures_is_judged_when_asked_for(course: Catalog):
     lab = course.labs[1]
     tests = lab.path / "tests" / "test_numbers.py"

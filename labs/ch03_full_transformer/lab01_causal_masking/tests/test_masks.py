@@ -28,13 +28,7 @@ from torch import nn
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The tensors are tiny: threads only cost time here, and make the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,7 @@ from torch.utils._pytree import tree_leaves
 WHY = "put the model together from its parts"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small: more threads make the tests slower, and the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def draw() -> Figure:
         xlim=(1e-4, 1),
         ylim=(0, 1.3),
         yticks=[0, 0.68, 1, 1.21],
-        xlabel="singular value before, as a share of |G|",
+        xlabel="singular value before, as a share of norm(G)",
         title="singular value after five steps",
     )
     axes.text(8e-4, 0.55, "Muon's quintic", color=BLUE, ha="right")

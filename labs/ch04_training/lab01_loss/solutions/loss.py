@@ -296,9 +296,10 @@ def chunked_cross_entropy(
 
     Returns:
         A scalar. float32 for bfloat16 and float16, otherwise the dtype of hidden. 0 if no token is kept. Gradients
-        flow to those of hidden and weight that require them, in their dtypes; that of weight is summed over
-        chunks in float32 at least. As always in PyTorch they are multiplied by the gradient by the loss,
-        are added to those from other uses of the same tensors, and with retain_graph=True may be asked for again.
+        flow to those of hidden and weight that require them, in their dtypes, for `backward()` as for
+        `torch.autograd.grad`; that of weight is summed over chunks in float32 at least. As always in PyTorch
+        they are multiplied by the gradient by the loss, are added to those from other uses of the same tensors,
+        and with retain_graph=True may be asked for again.
 
     Raises:
         ValueError: see `require_inputs`; or chunk_size is below 1.

@@ -36,14 +36,7 @@ from matplotlib.colors import to_rgba
 from shared.compare import assert_close
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small: more threads make the tests slower, and the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -457,6 +450,8 @@ def test_recorder_changes_neither_outputs_nor_gradients(randn, training):
     found = passes(watched, again, recorder)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine, theirs), "an output or a gradient is another one under the recorder"
+    assert names_of(recorder) == ["0", "1", "2", "3", "4", ""], "recorded in training and in evaluation mode"
+    assert all(call.grad_rms is not None for call in recorder.calls)
     assert torch.equal(again, x), "the input was changed"
     assert [m.training for m in watched.modules()] == [training] * 6, "the training mode was changed"
     for mine, theirs in zip(watched.buffers(), plain.buffers(), strict=True):

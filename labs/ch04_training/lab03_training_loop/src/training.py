@@ -120,7 +120,8 @@ def accumulate_gradients(model: nn.Module, loss_fn: LossSum, micro_batches: Sequ
 
     The mean is over all targets that count, wherever they are: a micro-batch with twice as many has
     twice the weight, and one without any has none. One micro-batch after the other goes forward and
-    backward, so that the activations of only one are alive at any time.
+    backward, so that the activations of only one are alive at any time. Nor is any graph kept: memory does
+    not grow with the number of micro-batches.
 
     Args:
         model: called once with the inputs of each micro-batch, in order.

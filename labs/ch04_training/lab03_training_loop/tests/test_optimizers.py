@@ -16,13 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small: more threads make the tests slower, and the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -31,14 +31,7 @@ from training import (
     train,
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The tensors are tiny, and results that must be equal bit by bit are added up in the same order.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -438,6 +431,37 @@ def test_accumulation_frees_each_graph_before_the_next():
     )
 
 
+class Token:
+    """Lives as long as the graph it was put into."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity, with a `Token` in its graph."""
+
+    @staticmethod
+    def forward(ctx, x, tokens):
+        ctx.token = Token()
+        tokens.add(ctx.token)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def test_accumulation_keeps_no_graph():
+    tokens, counts = weakref.WeakSet(), []
+
+    def marked_loss(logits, targets):
+        counts.append(len(tokens))
+        return loss_sum(Marked.apply(logits, tokens), targets)
+
+    accumulate_gradients(Model(), marked_loss, micro_batches((2, 3), (1, 4), (3, 2), (1, 2), (2, 2)))
+    assert max(counts) <= 1, (
+        f"graphs alive before the loss of each micro-batch: {counts}. Whatever you keep of a loss, detach it"
+    )
+
+
 @pytest.mark.parametrize("sizes", [[], [(2, 3, 6)], [(1, 2, 2), (2, 2, 4)]], ids=["none", "one", "two"])
 def test_accumulation_refuses_batches_without_targets(sizes):
     model = Model()
@@ -827,15 +851,15 @@ def test_checkpoint_of_a_device_that_is_not_here(tmp_path, monkeypatch):
     assert not differences(other.state(), run.state())
 
 
-@pytest.mark.gpu
-def test_checkpoint_goes_between_devices(tmp_path):
+def test_checkpoint_goes_between_devices(tmp_path, device):
+    # On a machine without an accelerator both sides are the CPU.
     path, run, other = tmp_path / "run.pt", Run().warm(), Run(1)
-    other.model.cuda()
+    other.model.to(device)
     other.optimizers = torch_optimizers(other.model)
     save_checkpoint(path, step=2, **run.parts)
     load_checkpoint(path, **other.parts)
     expected = draws()
-    assert all(p.is_cuda for p in other.model.parameters())
+    assert all(p.device.type == device for p in other.model.parameters())
     save_checkpoint(path, step=2, **other.parts)
     load_checkpoint(path, **run.parts)
     load_checkpoint(path, **other.parts)

@@ -220,6 +220,8 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all weights anew, so that every block starts as the identity and every logit as 0.
 
+        They come from PyTorch's own generator, which this does not seed.
+
         out_proj and down_proj of every block, and the head: all zeros. Every other weight of an
         nn.Linear: normal, with mean 0 and standard deviation sqrt(3 / (4 n)) for n inputs.
         Embeddings: normal, with mean 0 and standard deviation 1.

@@ -21,13 +21,7 @@ GPT2 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small: more threads make the tests slower, and the rounding depend on the machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- what the tests are made of ---------------------------------------------------------------
@@ -192,14 +186,14 @@ def test_attention_depends_on_distance_only(randn):
 # --- feed-forward -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_feed_forward_matches_its_formula(activation, randn):
-    layer = randomised(FeedForward(ModelConfig(**SMALL | {"activation": activation})), randn)
-    x = 2 * randn(5, 2, 30).transpose(0, 1)
-    before = x.clone()
-    hint = "down(silu(gate(x)) * up(x)): silu is on the gate, and only there"
-    assert_close(layer(x), feed_forward_loop(layer, before).detach(), atol=1e-12, hint=hint)
-    assert_close(x, before, atol=0, name="x", hint="the layer changed its input")
+def test_feed_forward_matches_its_formula(randn):
+    for activation in ("swiglu", "gelu"):
+        layer = randomised(FeedForward(ModelConfig(**SMALL | {"activation": activation})), randn)
+        x = 2 * randn(5, 2, 30).transpose(0, 1)
+        before = x.clone()
+        hint = "down(silu(gate(x)) * up(x)): silu is on the gate, and only there"
+        assert_close(layer(x), feed_forward_loop(layer, before).detach(), atol=1e-12, hint=hint)
+        assert_close(x, before, atol=0, name="x", hint="the layer changed its input")
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -337,6 +331,12 @@ def test_start_again_draws_new_weights(randn):
     torch.manual_seed(3)
     two = GPT(ModelConfig(**SMALL)).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one), "an equal seed must give equal weights"
+    model = GPT(ModelConfig(**SMALL))
+    first = model.embedding.weight.detach().clone()
+    model.reset_parameters()
+    assert not torch.equal(model.embedding.weight, first), (
+        "PyTorch's generator decides, and goes on from draw to draw"
+    )
 
 
 def test_start_of_a_tied_head_is_gpt2s():

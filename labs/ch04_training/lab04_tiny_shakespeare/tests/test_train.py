@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import display
 import pytest
 import shared.data
 import torch
@@ -41,16 +40,10 @@ from train import (
 AdamW, Muon = (getattr(solution_of("ch04/lab03", "optimizers"), name) for name in ("AdamW", "Muon"))
 TINY = ModelConfig(vocab_size=9, context=6, layers=1, heads=2, width=12)
 RECIPE = Recipe(model=TINY, steps=9, batch=3, warmup=2)
-TEXT = "the cat sat on the mat; the hen ate ten nets. " * 3
+TEXT = "the cat sat on the mat;\nthe hen ate ten nets. " * 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The matrices are small, and results that must be equal bit by bit are added up in the same order.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -62,8 +55,9 @@ def after_each_optimizer():
         taken = {}
 
         def hook(optimizer, *_):
-            taken[id(optimizer)] = taken.get(id(optimizer), 0) + 1
-            function(optimizer, taken[id(optimizer)])
+            # The key is the optimizer, not its id, which a later one may get once this one is gone.
+            taken[optimizer] = taken.get(optimizer, 0) + 1
+            function(optimizer, taken[optimizer])
 
         handles.append(register_optimizer_step_post_hook(hook))
 
@@ -244,6 +238,7 @@ def test_validation_loss_leaves_the_model_as_it_was(mode, randn):
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_validation_loss_of_too_short_a_text(n, randn):
+    validation_loss(Table(randn(9, 9), context=4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="two characters"):
         validation_loss(Table(randn(9, 9), context=4), torch.zeros(n, dtype=torch.int64))
 
@@ -268,7 +263,7 @@ def test_sample_at_temperature_0_takes_the_likeliest(randn):
     ("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 4), (1.0, 20), (0.1, 2)], ids=str
 )
 def test_sample_draws_from_the_softmax(temperature, top_k, randn):
-    row = randn(9)
+    row = temperature * randn(9)  # so that no character is certain, however cold
     model = Table(row.expand(9, 9).clone(), context=1)
     generator = torch.Generator().manual_seed(5)
     n = 2500
@@ -322,6 +317,7 @@ def test_sample_is_decided_by_the_generator(randn):
     default = sample(model, LETTERS, "a", 40)
     torch.manual_seed(4)
     assert default == sample(model, LETTERS, "a", 40), "without a generator, PyTorch's own decides"
+    assert default != sample(model, LETTERS, "a", 40), "and goes on from call to call"
 
 
 def test_sample_on_the_device_of_the_model(device):
@@ -344,6 +340,7 @@ def test_sample_on_the_device_of_the_model(device):
     ],
 )
 def test_sample_refuses_what_makes_no_sense(prompt, length, options, randn):
+    sample(Table(randn(9, 9), context=3), LETTERS, "a", 1, temperature=0.5, top_k=1)
     with pytest.raises(ValueError, match=r"\?|need"):
         sample(Table(randn(9, 9), context=3), LETTERS, prompt, length, **options)
 
@@ -391,6 +388,7 @@ def test_optimizers_have_the_options_of_the_recipe():
 
 def test_optimizers_of_nanogpts_recipe():
     model = GPT(replace(TINY, norm="layer", start="gpt2", tied=True, positions="learned"))
+    assert len(make_optimizers(model, Recipe())) == 2
     (adamw,) = make_optimizers(model, Recipe(optimizer="adamw", lr=0.01, weight_decay=0.3))
     assert type(adamw) is AdamW
     for group in adamw.param_groups:
@@ -413,6 +411,9 @@ def test_schedule_of_nanogpt_is_lab_43s():
     rate = solution_of("ch04/lab03", "training").learning_rate
     for step in range(40):
         assert_close(schedule(step, recipe), rate(step, peak=1.0, warmup=6, total=40, final=0.1), atol=1e-12)
+    assert schedule(39, replace(recipe, decay="linear")) < schedule(39, recipe), (
+        "only nanoGPT's stops at a tenth"
+    )
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -479,6 +480,16 @@ def test_train_is_decided_by_the_seed():
     torch.manual_seed(5)
     assert_same_run(one, train(TEXT, RECIPE, seed=2))
     assert train(TEXT, RECIPE, seed=3).losses != one.losses
+
+
+def test_train_clips_as_the_recipe_says(monkeypatch):
+    clip, norms = lab.loop.clip_gradients_, []
+    monkeypatch.setattr(lab.loop, "clip_gradients_", lambda p, norm: (norms.append(norm), clip(p, norm))[1])
+    train(TEXT, replace(RECIPE, steps=3, clip=0.25))
+    assert norms == [0.25] * 3
+    norms.clear()
+    train(TEXT, replace(RECIPE, steps=3))
+    assert not norms, "the recipe does not clip"
 
 
 def test_train_measures_the_validation_loss_when_it_is_time():
@@ -615,18 +626,33 @@ def test_ctrl_c_while_the_validation_loss_is_measured(tmp_path, monkeypatch):
     assert_same_run(train(TEXT, RECIPE, seed=1, folder=tmp_path, resume=True, **VALIDATION), unbroken)
 
 
+def test_interrupted_while_the_validation_loss_is_measured(tmp_path, monkeypatch):
+    """Saved before it was measured, the loss at step 4 would be lost: a run that goes on never measures it."""
+    unbroken = train(TEXT, RECIPE, seed=1, **VALIDATION)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "validation_loss", broken)
+        with pytest.raises(RuntimeError):
+            train(TEXT, RECIPE, seed=1, folder=tmp_path, save_every=4, **VALIDATION)
+    assert_same_run(train(TEXT, RECIPE, seed=1, folder=tmp_path, resume=True, **VALIDATION), unbroken)
+
+
 def test_ctrl_c_stops_a_run_that_is_saved_nowhere(after_each_optimizer):
     steps = []
 
     def press(optimizer, taken):
-        steps.append(taken)
-        if taken == 3:
-            signal.raise_signal(signal.SIGINT)
+        if isinstance(optimizer, Muon):
+            steps.append(taken)
+            if taken == 3:
+                signal.raise_signal(signal.SIGINT)
 
     after_each_optimizer(press)
     with pytest.raises(KeyboardInterrupt):
         train(TEXT, RECIPE)
-    assert max(steps) == 3
+    assert steps == [1, 2, 3], "the step is finished, and no other is begun"
 
 
 def test_resumed_run_goes_on_where_it_was_saved(tmp_path, monkeypatch, after_each_optimizer):
@@ -718,6 +744,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 def test_program_stopped_by_ctrl_c_says_how_to_go_on(tmp_path):
     """A real SIGINT to a real process: exit code 130, a checkpoint, a figure, a sentence."""
+    train(TEXT, RECIPE)  # what is not written yet is found here, not in the other process
     program = PROGRAM.format(code=str(Path(lab.__file__).parent), text=TEXT * 5)
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(
@@ -759,12 +786,13 @@ def test_program_trains_and_writes_500_characters(tmp_path, monkeypatch, capsys)
     assert lab.main(["--steps", "12", "--resume", "--folder", str(tmp_path)]) == 0
 
 
-def test_bar_on_a_terminal(monkeypatch):
+def test_bar_on_a_terminal(monkeypatch, capsys):
     """With rich, where it is installed. Where it is not, the lines of `test_train_shows_every_step`."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with display.progress_shown(4, True) as show:
-        for done in range(1, 5):
-            show(done, 1.5)
+    train(TEXT, RECIPE, progress=True)
+    said = capsys.readouterr().out
+    assert "9 of 9" in said
+    assert "loss" in said
 
 
 # --- it learns ------------------------------------------------------------------------------------
@@ -804,19 +832,19 @@ def best_possible_loss(text, context):
 
 
 def test_learns_a_language_of_known_entropy(rng):
-    """200 steps of 256 characters: within 0.016 nats of the best possible loss.
+    """150 steps of 512 characters: within 0.02 nats of the best possible loss.
 
-    Measured over ten seeds: 0.006 to 0.011 above it. Without the fall of the learning rate: 0.03.
+    Measured over eight seeds: 0.005 to 0.011 above it. Without the fall of the learning rate: 0.03 and more.
     """
     text, held_out = (" ".join(rng.choice(WORDS, size=n, p=SHARES).tolist()) for n in (6000, 1000))
     small = ModelConfig(context=32, layers=2, heads=2, width=32)
-    recipe = Recipe(model=small, steps=200, batch=8, warmup=10, lr=2e-2, muon_lr=0.06)
+    recipe = Recipe(model=small, steps=150, batch=16, warmup=10, lr=2e-2, muon_lr=0.06)
     result = train(text, recipe, seed=int(rng.integers(1000)))
     excess = own_loss(result, held_out) - best_possible_loss(held_out, 32)
     assert excess > -0.002, (
         "the loss is lower than the language allows: can a logit see the character it predicts?"
     )
-    assert excess < 0.016, (
+    assert excess < 0.02, (
         f"the loss is {excess:.3f} nats above the best possible one: do all parameters learn, and at the right rate?"
     )
 
