@@ -167,6 +167,8 @@ def main() -> int:
     options = parser.parse_args()
     sys.path[:0] = [str(LAB / "solutions"), str(ROOT / "shared" / "src")]
     if options.table:
+        if not known(options.out):
+            parser.error(f"{options.out} holds no runs: run the ladder first, without --table")
         print(table(known(options.out)))
         return 0
     if options.count:

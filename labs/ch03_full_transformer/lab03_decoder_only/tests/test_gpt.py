@@ -518,6 +518,8 @@ def test_states_are_dropped_in_every_block_in_training(randn, rng):
         assert_close(
             shares, expected, atol=0.11, name=f"block {i}: how often neither, first, second, both stay"
         )
+    hint = "nothing is dropped between the last block and the last norm"
+    assert_close(states[-1], model.final_norm(states[-2]), atol=1e-12, name="the last state", hint=hint)
 
 
 def test_states_of_evaluation_mode_drop_nothing(rng, hugging_face):

@@ -1,6 +1,6 @@
 """Figure of lecture 4: the validation loss of each recipe, from nanoGPT's to lab 4.4's.
 
-Measured by scripts/ablate_tiny_shakespeare.py on CPUs, with the seeds 0, 1, 2; 0 alone for Muon, 0 and 1 for the last.
+Measured by scripts/ablate_tiny_shakespeare.py on CPUs, with the seeds 0, 1 and 2.
 """
 
 import statistics
@@ -17,8 +17,8 @@ LOSSES = {
     "+ RMSNorm, norm of q and k": (1.7257, 1.7440, 1.7386),
     "+ SwiGLU": (1.6949, 1.7003, 1.6961),
     "+ quiet start": (1.6674, 1.6626, 1.6584),
-    "+ Muon": (1.5734,),
-    "+ windows of 128": (1.5517, 1.5525),
+    "+ Muon": (1.5734, 1.5649, 1.5716),
+    "+ windows of 128": (1.5517, 1.5525, 1.5478),
 }
 
 
