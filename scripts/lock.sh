@@ -29,7 +29,7 @@ for name in $(from_pypi - "${common[@]}" --no-header --no-annotate <<<"torch==2.
     sed -nE 's/^((nvidia|cuda|triton)[a-z0-9-]*)(\[[a-z,]*\])?==.*/\1/p'); do
     without+=(--no-emit-package "$name")
 done
-"$uv" pip compile pyproject.toml "${packages[@]}" --group build --group dev \
+"$uv" pip compile pyproject.toml "${packages[@]}" --extra service --group build --group dev \
     "${common[@]}" "${without[@]}" -o $out/cpu.txt
 from_pypi - "${common[@]}" -c $out/cpu.txt -o $out/torch-pypi.txt <<<"torch==2.13.0"
 

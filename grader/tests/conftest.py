@@ -210,6 +210,12 @@ def write_course(root: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def make_course() -> Callable[[Path], Catalog]:
+    """Writes the miniature course into a folder, for tests that share one."""
+    return lambda root: load(write_course(root))
+
+
 @pytest.fixture
 def course(tmp_path: Path) -> Catalog:
     """The miniature course: ch01/lab01 and ch01/lab02."""

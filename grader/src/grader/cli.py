@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from grader.catalog import Catalog, Lab
     from grader.report import LabReport, Report, Status
     from grader.sandbox import Sandbox
+    from grader.service.settings import Settings
     from grader.state import State
 
 app = typer.Typer(
@@ -617,6 +618,108 @@ def stop() -> None:
     catalog = _catalog()
     ended = notebook_server.stop(_state_folder(catalog))
     _console().print("JupyterLab is stopped." if ended else "No JupyterLab of this checkout is running.")
+
+
+# --- the service ---------------------------------------------------------------------------------
+
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database", metavar="URL", help="sqlite:///FILE or postgresql://...; also TOPEKA_DATABASE_URL"
+    ),
+]
+
+
+def _service_settings(catalog: "Catalog", **chosen: object) -> "Settings":
+    try:
+        from grader.service.settings import Settings
+    except ImportError as error:
+        raise TopekaError(
+            f"the service is not installed here ({error.name} is missing): make setup"
+        ) from error
+    return Settings.from_environment(_state_folder(catalog), **chosen)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="address to listen on; 127.0.0.1 unless chosen")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="8300 unless chosen")] = None,
+    database: Database = None,
+    sandbox: Annotated[SandboxName, typer.Option(envvar="TOPEKA_SANDBOX")] = SandboxName.AUTO,
+) -> None:
+    """Serve the grader's API; with SQLite, the default, grade on this machine too."""
+    catalog = _catalog()
+    settings = _service_settings(catalog, host=host, port=port, database_url=database)
+    from grader.service.serve import serve as run
+
+    written = [lab for lab in catalog.labs if not lab.planned]
+    run(catalog, settings, lambda: _sandbox(sandbox, None, written), _cache(catalog))
+
+
+@app.command()
+def worker(
+    stacks: Annotated[
+        StackName | None, typer.Option("--stacks", help="the largest stack to take work for; what is here")
+    ] = None,
+    slot: Annotated[int, typer.Option(min=0, help="number of this worker on its machine")] = 0,
+    database: Database = None,
+    sandbox: Annotated[SandboxName, typer.Option(envvar="TOPEKA_SANDBOX")] = SandboxName.AUTO,
+) -> None:
+    """Grade what waits in the queue of TOPEKA_DATABASE_URL."""
+    catalog = _catalog()
+    settings = _service_settings(catalog, database_url=database)
+    from grader.service.serve import work as run
+
+    written = [lab for lab in catalog.labs if not lab.planned]
+    run(catalog, settings, lambda: _sandbox(sandbox, stacks, written), slot, _cache(catalog))
+
+
+token_app = typer.Typer(help="Tokens of the service's users.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(token_app, name="token")
+
+
+@token_app.command("create")
+def token_create(
+    name: Annotated[str, typer.Argument(help="of the user")],
+    instructor: Annotated[bool, typer.Option("--instructor", help="who sees the class")] = False,
+    database: Database = None,
+) -> None:
+    """Make a token and print it; it is shown this once."""
+    from grader.service import accounts
+    from grader.service.models import Role
+    from grader.service.serve import open_database
+
+    opened = open_database(_service_settings(_catalog(), database_url=database))
+    with opened.session() as session:
+        print(accounts.create_token(session, name, Role.INSTRUCTOR if instructor else Role.LEARNER))
+
+
+@token_app.command("list")
+def token_list(database: Database = None) -> None:
+    """List tokens: id, user, role, when made, when revoked. The tokens themselves are nowhere."""
+    from grader.service import accounts
+    from grader.service.serve import open_database
+
+    opened = open_database(_service_settings(_catalog(), database_url=database))
+    with opened.session() as session:
+        for token, user in accounts.tokens(session):
+            ended = f"revoked {token.revoked:%Y-%m-%d %H:%M}" if token.revoked else "valid"
+            print(f"{token.id}  {user.name}  {user.role}  {token.created:%Y-%m-%d %H:%M}  {ended}")
+
+
+@token_app.command("revoke")
+def token_revoke(
+    token: Annotated[str, typer.Argument(help="its id, as in `topeka token list`, or the token")],
+    database: Database = None,
+) -> None:
+    """End a token at once."""
+    from grader.service import accounts
+    from grader.service.serve import open_database
+
+    opened = open_database(_service_settings(_catalog(), database_url=database))
+    with opened.session() as session:
+        accounts.revoke(session, token)
+    print("Revoked.")
 
 
 @app.command()

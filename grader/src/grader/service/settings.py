@@ -1,0 +1,64 @@
+"""What an operator may choose, from the environment; the command line may override it."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from grader.errors import UsageError
+
+PREFIX = "TOPEKA_"
+
+
+class Settings(BaseModel):
+    """How the service runs.
+
+    Attributes:
+        database_url: `sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/NAME` for any number.
+        host: the address that the server listens on.
+        port: its port.
+        max_request_bytes: a larger request is refused before it is read.
+        duplicate_window_s: how long the same content for the same lab is the same submission.
+        submissions_per_minute: of one user.
+        heartbeat_s: how often a worker says that it lives.
+        lost_after_s: a worker silent for so long is lost, and its work goes to others.
+        drain_s: how long a worker that shall end may take to finish what it has begun.
+        keep_days: how long submissions are kept; None keeps them for ever.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    database_url: str
+    host: str = "127.0.0.1"
+    port: int = Field(default=8300, ge=0, le=65535)
+    max_request_bytes: int = Field(default=4 << 20, ge=1024)
+    duplicate_window_s: float = Field(default=60.0, ge=0)
+    submissions_per_minute: int = Field(default=30, ge=1)
+    heartbeat_s: float = Field(default=5.0, gt=0)
+    lost_after_s: float = Field(default=25.0, gt=0)
+    drain_s: float = Field(default=60.0, ge=0)
+    keep_days: float | None = Field(default=None, gt=0)
+
+    @classmethod
+    def from_environment(cls, folder: Path, **chosen: object) -> Self:
+        """Return the settings of TOPEKA_DATABASE_URL, TOPEKA_PORT and so on.
+
+        Args:
+            folder: where the SQLite file lies if no database is named.
+            chosen: values from the command line; None stands for not chosen.
+
+        Raises:
+            UsageError: a value is not one the setting can have; the message names the variable.
+        """
+        values: dict[str, object] = {"database_url": f"sqlite:///{folder / 'grader.sqlite3'}"}
+        for name in cls.model_fields:
+            if text := os.environ.get(PREFIX + name.upper()):
+                values[name] = text
+        values |= {name: value for name, value in chosen.items() if value is not None}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = PREFIX + str(first["loc"][0]).upper()
+            raise UsageError(f"{name}: {first['msg']}, found {first['input']!r}") from error

@@ -1,0 +1,148 @@
+"""The durable queue: the only module that knows DBOS Transact.
+
+A submission's work is a DBOS workflow whose id is the submission's, so it cannot be queued twice. It is enqueued in
+the transaction that stores the submission. A worker is a DBOS executor with a stable id: after a crash it takes
+up what it had begun. The work of a worker that never comes back is resumed on its queue by whoever notices
+(`requeue_of`). A workflow may therefore run more than once; `submissions` makes sure that one report counts.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from dbos import DBOS, DBOSClient
+from sqlalchemy.orm import Session
+
+from grader.catalog import Lab
+from grader.service.database import Database
+
+# Every worker runs the same workflow, whatever release it is from: work waits for any of them.
+APPLICATION, VERSION = "topeka", "1"
+_WORKFLOW = "grade_submission"
+POLL_S = 0.05
+
+
+def queue_of(lab: Lab) -> str:
+    """Return the queue that a lab's submissions wait in: one for each kind of hardware."""
+    return lab.stack
+
+
+def prepare(database: Database) -> None:
+    """Create or migrate DBOS's own tables, beside ours in the same database."""
+    DBOS.migrate(database.url)
+
+
+class WorkQueue:
+    """What the server does with the queue: put work in, take it out, look at it."""
+
+    def __init__(self, database: Database) -> None:
+        """Connect; `prepare` has been called."""
+        self._client = DBOSClient(system_database_engine=database.engine, application_name=APPLICATION)
+
+    def put(self, session: Session, submission_id: str, queue: str) -> None:
+        """Enqueue the submission in the transaction of `session`."""
+        self._client.enqueue_in_transaction(
+            session,
+            {
+                "queue_name": queue,
+                "workflow_name": _WORKFLOW,
+                "workflow_id": submission_id,
+                "app_version": VERSION,
+                "application_name": APPLICATION,
+            },
+            submission_id,
+        )
+
+    def cancel(self, submission_id: str) -> None:
+        """Take the submission out, if it still waits."""
+        self._client.cancel_workflow(submission_id)
+
+    def depth(self) -> dict[str, int]:
+        """Return how many submissions wait, by queue."""
+        waiting = self._client.list_workflows(
+            status="ENQUEUED", name=_WORKFLOW, load_input=False, load_output=False
+        )
+        found: dict[str, int] = {}
+        for workflow in waiting:
+            found[workflow.queue_name or ""] = found.get(workflow.queue_name or "", 0) + 1
+        return found
+
+    def requeue_of(
+        self, worker_ids: Sequence[str], queue_of_submission: Callable[[str], str | None]
+    ) -> list[str]:
+        """Put back what lost workers had begun, each on the queue it came from.
+
+        Args:
+            worker_ids: of the lost ones.
+            queue_of_submission: by its id; None if there is no such submission any more.
+
+        Returns:
+            ids of the submissions put back.
+        """
+        if not worker_ids:
+            return []
+        begun = self._client.list_workflows(
+            status="PENDING",
+            name=_WORKFLOW,
+            executor_id=list(worker_ids),
+            load_input=False,
+            load_output=False,
+        )
+        back = []
+        for workflow in begun:
+            if queue := queue_of_submission(workflow.workflow_id):
+                self._client.resume_workflow(workflow.workflow_id, queue_name=queue)
+                back.append(workflow.workflow_id)
+        return back
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._client.destroy()
+
+
+class Consumer:
+    """What a worker does with the queue: take one submission after the other. One in a process."""
+
+    def __init__(
+        self, database: Database, worker_id: str, queues: Sequence[str], work: Callable[[str], None]
+    ) -> None:
+        """Set up, without taking anything yet.
+
+        Args:
+            database: where the queue is; `prepare` has been called.
+            worker_id: stable over restarts, unique among living workers.
+            queues: what this machine can verify.
+            work: called with the id of each submission, in a thread; never two at a time.
+        """
+        self._queues, self._work = tuple(queues), work
+        self._one_at_a_time = threading.Lock()
+        DBOS(
+            config={
+                "name": APPLICATION,
+                "system_database_engine": database.engine,
+                "system_database_url": database.url,
+                "executor_id": worker_id,
+                "application_version": VERSION,
+                "run_migrations": False,
+                "enable_otlp": False,
+                "log_level": "WARNING",
+                "notification_listener_polling_interval_sec": 1.0,
+            }
+        )
+        DBOS.listen_queues(self._queues)
+
+        @DBOS.workflow(name=_WORKFLOW)
+        def grade_submission(submission_id: str) -> None:
+            with self._one_at_a_time:
+                DBOS.run_step({"name": "grade"}, self._work, submission_id)
+
+    def start(self) -> None:
+        """Begin to take submissions; first those that a worker of this id had begun."""
+        DBOS.launch()
+        for queue in self._queues:
+            DBOS.register_queue(
+                queue, worker_concurrency=1, polling_interval_sec=POLL_S, on_conflict="always_update"
+            )
+
+    def stop(self, drain_s: float) -> None:
+        """Take nothing more, and give what has begun `drain_s` seconds to end."""
+        DBOS.destroy(destroy_registry=True, workflow_completion_timeout_sec=round(drain_s))
