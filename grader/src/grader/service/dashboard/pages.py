@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
@@ -100,7 +101,12 @@ class _Pages:
             "number": views.number,
             "static": lambda name: f"/static/{self.version}/{name}",
         }
-        self._templates.filters |= {"seconds": _seconds, "figures": _figures, "code": code_as_html}
+        self._templates.filters |= {
+            "seconds": _seconds,
+            "figures": _figures,
+            "breakable": _breakable,
+            "code": code_as_html,
+        }
 
     def __call__(
         self, template: str, visitor: Visitor | None, *, status: int = 200, **values: Any
@@ -408,7 +414,12 @@ async def _problem(app: FastAPI, request: Request, error: Problem) -> Response:
     return answer
 
 
-# --- how numbers are written ----------------------------------------------------------------------------------
+# --- how numbers and names are written ----------------------------------------------------------------------------------
+
+
+def _breakable(name: str) -> Markup:
+    """Let a long name go on in the next line behind an underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def _seconds(value: float | None) -> str:

@@ -133,6 +133,8 @@ class Library:
         return None
 
 
+_IMAGE = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
+
 FIGURES = {".svg": "image/svg+xml", ".png": "image/png"}
 """Files beside the lectures that a page may show, by suffix, with their media type."""
 
@@ -206,6 +208,9 @@ def _point(tokens: Sequence[Token], address: Resolve) -> None:
     """Make every link and image lead to what this server has; links to nothing become plain text."""
     for token in tokens:
         _point(token.children or (), address)
+        if token.type.startswith("html_"):
+            # Pictures are written in Markdown, which gives them an address that works and a description.
+            token.content = _IMAGE.sub("", token.content)
         if token.type == "image":
             token.attrSet("src", address(str(token.attrGet("src") or "")) or "")
             token.attrSet("loading", "lazy")

@@ -1,10 +1,14 @@
 // What every page does: times in the reader's own zone, and pages that renew themselves.
 
-const format = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+const short = { month: "short", day: "numeric", hour: "numeric", minute: "2-digit" };
+const thisYear = new Intl.DateTimeFormat(undefined, short);
+const anyYear = new Intl.DateTimeFormat(undefined, { ...short, year: "numeric" });
 
 export function localTimes(root) {
   for (const time of root.querySelectorAll("time[datetime]")) {
-    time.textContent = format.format(new Date(time.dateTime));
+    const moment = new Date(time.dateTime);
+    const format = moment.getFullYear() === new Date().getFullYear() ? thisYear : anyYear;
+    time.textContent = format.format(moment);
   }
 }
 
