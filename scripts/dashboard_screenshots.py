@@ -38,7 +38,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         environment = os.environ | {"TOPEKA_DATABASE_URL": f"sqlite:///{folder}/grader.sqlite3"}
         topeka = [sys.executable, "-m", "grader.cli"]
-        token = subprocess.check_output([*topeka, "token", "create", "you"], env=environment, text=True).strip()
+        token = subprocess.check_output(
+            [*topeka, "token", "create", "you"], env=environment, text=True
+        ).strip()
         server = subprocess.Popen(
             [*topeka, "serve", "--port", "0", "--sandbox", "local"],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -70,7 +72,14 @@ def take(browser: Browser, address: str, token: str, catalog: Catalog, target: P
         print(each.id, status, flush=True)
     shot(browser, state, f"{address}/", target / "dashboard-map.png", dark=False)
     milestone = "ch01/lab04"
-    shot(browser, state, f"{address}/labs/{milestone}#work", target / "dashboard-phone.png", dark=True, phone=True)
+    shot(
+        browser,
+        state,
+        f"{address}/labs/{milestone}#work",
+        target / "dashboard-phone.png",
+        dark=True,
+        phone=True,
+    )
 
 
 def signed_in(browser: Browser, address: str, token: str) -> dict[str, object]:

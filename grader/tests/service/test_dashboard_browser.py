@@ -24,7 +24,8 @@ except ImportError:
     if TYPE_CHECKING:
         raise
     pytest.skip(
-        f"{NOT_VERIFIED_HERE}: docker/requirements/browser-tests.txt is not installed", allow_module_level=True
+        f"{NOT_VERIFIED_HERE}: docker/requirements/browser-tests.txt is not installed",
+        allow_module_level=True,
     )
 
 DESKTOP = {"width": 1280, "height": 900}
@@ -293,14 +294,20 @@ def test_axe_finds_nothing_on_any_page(visit: Visit, results: dict[str, str], sc
         for summary in page.locator("main summary").all():
             if summary.is_visible():
                 summary.click()
-        found += [f"{path}: {v['id']}: {v['nodes'][0]['html'][:150]}" for v in Axe().run(page).response["violations"]]
+        found += [
+            f"{path}: {v['id']}: {v['nodes'][0]['html'][:150]}"
+            for v in Axe().run(page).response["violations"]
+        ]
     page = visit(None, "/sign-in?once=wrong", color_scheme=scheme)
     found += [f"sign-in: {v['id']}" for v in Axe().run(page).response["violations"]]
     assert found == [], "\n".join(found)
 
 
 def _pages(results: dict[str, str]) -> list[str]:
-    return [path.replace("FAILED", results["FAILED"]).replace("MEASURED", results["MEASURED"]) for path in EVERY_PAGE]
+    return [
+        path.replace("FAILED", results["FAILED"]).replace("MEASURED", results["MEASURED"])
+        for path in EVERY_PAGE
+    ]
 
 
 def test_no_page_is_wider_than_a_phone(visit: Visit, results: dict[str, str]):

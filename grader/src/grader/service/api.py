@@ -196,7 +196,7 @@ def _routes(service: Service) -> APIRouter:
             found = accounts.identify(opened, shown.credentials)
         else:  # a page of the dashboard asks
             visitor = sessions.visitor(opened, request, service.settings)
-            found = visitor and visitor.identity
+            found = visitor.identity if visitor else None
         if found is None:
             raise Problem(
                 401,

@@ -414,7 +414,7 @@ async def _problem(app: FastAPI, request: Request, error: Problem) -> Response:
     return answer
 
 
-# --- how numbers and names are written ----------------------------------------------------------------------------------
+# --- how numbers and names are written ------------------------------------------------------------
 
 
 def _breakable(name: str) -> Markup:

@@ -27,14 +27,16 @@ from pygments.util import ClassNotFound
 
 from grader.catalog import Catalog
 
-_MATHML = frozenset(
-    "math menclose mfrac mi mmultiscripts mn mo mover mpadded mphantom mroot mrow ms mspace msqrt mstyle msub "
-    "msubsup msup mtable mtd mtext mtr munder munderover".split()
-)
-_TAGS = _MATHML | frozenset(
-    "a blockquote br code dd del details div dl dt em figure h1 h2 h3 h4 h5 h6 hr img kbd li ol p pre s span "
-    "strong sub summary sup table tbody td th thead tr ul".split()
-)
+_FORMULA = """
+    math menclose mfrac mi mmultiscripts mn mo mover mpadded mphantom mroot mrow ms mspace msqrt mstyle msub
+    msubsup msup mtable mtd mtext mtr munder munderover
+"""
+_MATHML = frozenset(_FORMULA.split())
+_TEXT = """
+    a blockquote br code dd del details div dl dt em figure h1 h2 h3 h4 h5 h6 hr img kbd li ol p pre s span
+    strong sub summary sup table tbody td th thead tr ul
+"""
+_TAGS = _MATHML | frozenset(_TEXT.split())
 _ATTRIBUTES = {
     "a": {"href", "rel"},
     "code": {"class"},
@@ -145,11 +147,13 @@ def code_as_html(source: str, language: str = "python") -> str:
         lexer = get_lexer_by_name(language)
     except ClassNotFound:
         return html.escape(source)
-    return highlight(source, lexer, HtmlFormatter(nowrap=True))
+    return str(highlight(source, lexer, HtmlFormatter(nowrap=True)))
 
 
 def _markdown() -> MarkdownIt:
-    markdown = MarkdownIt("commonmark", {"html": True, "highlight": lambda code, name, _: code_as_html(code, name)})
+    markdown = MarkdownIt(
+        "commonmark", {"html": True, "highlight": lambda code, name, _: code_as_html(code, name)}
+    )
     markdown.enable(["table", "strikethrough"])
     markdown.use(anchors_plugin, max_level=4, slug_func=_slug)
     markdown.use(
@@ -180,9 +184,7 @@ def _table_close(*_: object) -> str:
     return "</table></div>\n"
 
 
-def _fence(
-    self: Any, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
+def _fence(self: Any, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     token = tokens[index]
     language = token.info.split()[0] if token.info.strip() else ""
     return f'<pre class="code" tabindex="0"><code>{code_as_html(token.content, language)}</code></pre>\n'

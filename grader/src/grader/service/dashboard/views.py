@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer, load_only
 
 from grader.catalog import Chapter, Lab
 from grader.service import records
@@ -164,6 +164,12 @@ def _milestones(session: Session, service: "Service", user_id: str) -> dict[str,
     }
 
 
+# Submissions with their users' names; their code stays in the database.
+_LISTED = (
+    select(Submission, User.name).join(User, User.id == Submission.user_id).options(defer(Submission.code))
+)
+
+
 # --- one submission ---------------------------------------------------------------------------------
 
 
@@ -232,7 +238,7 @@ def attempts(
     session: Session, user_id: str | None, lab: str | None, limit: int = 50
 ) -> list[tuple[Submission, str]]:
     """Return submissions with their users' names, the newest first; None stands for all."""
-    query = select(Submission, User.name).join(User, User.id == Submission.user_id)
+    query = _LISTED
     if user_id is not None:
         query = query.where(Submission.user_id == user_id)
     if lab is not None:
@@ -259,29 +265,28 @@ class QueueView:
 
 def queue(session: Session, service: "Service") -> QueueView:
     """Return the state of queue and workers now."""
-    waiting = {stack: 0 for stack in dict.fromkeys(lab.stack for lab in service.catalog.labs)}
+    waiting: dict[str, int] = dict.fromkeys((lab.stack for lab in service.catalog.labs), 0)
     counted = session.execute(
         select(Submission.queue, func.count())
         .where(Submission.state == State.QUEUED)
         .group_by(Submission.queue)
     ).tuples()
     waiting |= dict(counted.all())
-    listed = select(Submission, User.name).join(User, User.id == Submission.user_id).limit(20)
+    listed = _LISTED.limit(20)
     active = session.execute(
         listed.where(Submission.state.not_in(FINAL)).order_by(Submission.created)
     ).tuples()
     recent = session.execute(
         listed.where(Submission.state == State.GRADED).order_by(Submission.finished.desc())
     ).tuples()
-    times = [
-        (started - created, finished - started)
-        for created, started, finished in session.execute(
-            select(Submission.created, Submission.started, Submission.finished)
-            .where(Submission.state == State.GRADED)
-            .order_by(Submission.finished.desc())
-            .limit(100)
-        )
-    ]
+    latest = session.scalars(
+        select(Submission)
+        .where(Submission.state == State.GRADED)
+        .options(load_only(Submission.created, Submission.started, Submission.finished))
+        .order_by(Submission.finished.desc())
+        .limit(100)
+    )
+    times = [(s.started - s.created, s.finished - s.started) for s in latest if s.started and s.finished]
     workers = session.scalars(select(Worker).order_by(Worker.seen.desc()))
     lost_after_s = service.settings.lost_after_s
     return QueueView(
