@@ -5,6 +5,7 @@
 #   cpu.txt         everything a CPU machine installs except torch and the CUDA libraries it may bring
 #   torch-cpu.txt   the CPU build of torch (written by hand: one hash a wheel, see the file)
 #   torch-pypi.txt  torch as PyPI has it: a CUDA build on Linux, a CPU build on macOS
+#   browser-tests.txt  what authors add to .venv to test the dashboard in Chromium
 # In the images, Linux on x86-64 with Debian 12's Python 3.11:
 #   stack-STACK.txt      what grading needs
 #   workspace-STACK.txt  what the workspace adds
@@ -32,6 +33,7 @@ done
 "$uv" pip compile pyproject.toml "${packages[@]}" --extra service --group build --group dev \
     "${common[@]}" "${without[@]}" -o $out/cpu.txt
 from_pypi - "${common[@]}" -c $out/cpu.txt -o $out/torch-pypi.txt <<<"torch==2.13.0"
+from_pypi $out/browser-tests.in "${common[@]}" -c $out/cpu.txt -o $out/browser-tests.txt
 
 # --- images ---------------------------------------------------------------------------------------
 image=(--python-version 3.11 --python-platform x86_64-manylinux_2_36 "${pinned[@]}" --no-annotate

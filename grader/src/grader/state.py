@@ -120,6 +120,16 @@ class State:
         attempts = [_attempt(row) for row in rows]
         return {a.report.lab: a for a in attempts}
 
+    def statuses(self) -> dict[str, str]:
+        """Return the status of the newest attempt of every lab that has one."""
+        if not self._file.exists():
+            return {}
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT lab, status FROM attempts WHERE id IN (SELECT max(id) FROM attempts GROUP BY lab)"
+            ).fetchall()
+        return dict(rows)
+
     def verified(self) -> set[str]:
         """Return the labs that have ever been verified."""
         if not self._file.exists():

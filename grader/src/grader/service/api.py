@@ -29,11 +29,13 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from grader.catalog import Catalog, Lab
 from grader.errors import UsageError
-from grader.service import accounts, problems, submissions
+from grader.service import accounts, dashboard, problems, submissions
 from grader.service.accounts import Identity
+from grader.service.dashboard import sessions
 from grader.service.database import Database
-from grader.service.models import FINAL, Report, Role, State, Submission, User, Worker, now
+from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
 from grader.service.problems import Problem, documented
+from grader.service.records import best, gradebook, visible
 from grader.service.settings import Settings
 from grader.service.work_queue import WorkQueue, queue_of
 
@@ -169,6 +171,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     problems.install(app)
     app.include_router(_routes(service), prefix="/api/v1")
+    dashboard.install(app, service)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
@@ -203,9 +206,15 @@ def _routes(service: Service) -> APIRouter:
     Transaction = Annotated[Session, Depends(session, scope="function")]
 
     def who(
-        opened: Transaction, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+        request: Request,
+        opened: Transaction,
+        shown: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
     ) -> Identity:
-        found = accounts.identify(opened, shown.credentials) if shown else None
+        if shown:
+            found = accounts.identify(opened, shown.credentials)
+        else:  # a page of the dashboard asks
+            visitor = sessions.visitor(opened, request, service.settings)
+            found = visitor.identity if visitor else None
         if found is None:
             raise Problem(
                 401,
@@ -223,12 +232,6 @@ def _routes(service: Service) -> APIRouter:
 
     Teacher = Annotated[Identity, Depends(teacher)]
     SubmissionId = Annotated[str, Depends(_submission_id)]
-
-    def visible(opened: Session, asker: Identity, submission_id: str) -> Submission:
-        found = opened.get(Submission, submission_id)
-        if found is None or (found.user_id != asker.user_id and not asker.teaches):
-            raise Problem(404, f"there is no submission {submission_id}")
-        return found
 
     def answer(opened: Session, found: Submission) -> SubmissionAnswer:
         return SubmissionAnswer(
@@ -394,19 +397,6 @@ def _routes(service: Service) -> APIRouter:
 
         return EventSourceResponse(told())
 
-    def best(opened: Session, user_id: str) -> dict[str, str]:
-        """The best status of each lab: verified if it ever was, otherwise the last."""
-        rows = opened.execute(
-            select(Submission.lab, Submission.status)
-            .where(Submission.user_id == user_id, Submission.state == State.GRADED)
-            .order_by(Submission.finished)
-        )
-        found: dict[str, str] = {}
-        for lab, came_out in rows:
-            if came_out is not None and found.get(lab) != "verified":
-                found[lab] = came_out
-        return found
-
     @router.get("/catalog", responses=documented(401))
     def catalog(opened: Transaction, asker: Asker) -> list[ChapterAnswer]:
         """Return all chapters and labs, with one's own progress."""
@@ -440,17 +430,14 @@ def _routes(service: Service) -> APIRouter:
         return best(opened, asker.user_id)
 
     def rows(opened: Session) -> list[GradebookRow]:
-        learners = opened.scalars(select(User).where(User.role == Role.LEARNER).order_by(User.name))
-        found = []
-        for learner in learners:
-            labs = best(opened, learner.id)
-            verified = sum(status == "verified" for status in labs.values())
-            found.append(GradebookRow(user=learner.name, verified=verified, labs=labs))
-        return found
+        return [
+            GradebookRow(user=user.name, verified=list(labs.values()).count("verified"), labs=labs)
+            for user, labs in gradebook(opened)
+        ]
 
     @router.get("/gradebook", responses=documented(401, 403))
-    def gradebook(opened: Transaction, _: Teacher) -> list[GradebookRow]:
-        """Return every learner's best status of every lab."""
+    def gradebook_rows(opened: Transaction, _: Teacher) -> list[GradebookRow]:
+        """Return the best status of every lab, of every learner and of whoever else has submitted."""
         return rows(opened)
 
     @router.get(

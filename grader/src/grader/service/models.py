@@ -176,3 +176,17 @@ class Worker(Base):
     seen: Mapped[datetime] = mapped_column(default=now, index=True)
     draining: Mapped[bool] = mapped_column(default=False)
     graded: Mapped[int] = mapped_column(default=0)
+
+
+class BrowserSession(Base):
+    """A browser that is signed in. Only the SHA-256 of what its cookie holds is kept."""
+
+    __tablename__ = "browser_sessions"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    # None: the owner of this machine, who came by the link that `topeka serve` printed.
+    token_id: Mapped[str | None] = mapped_column(ForeignKey("tokens.id", ondelete="CASCADE"), index=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    created: Mapped[datetime] = mapped_column(default=now)
+    ends: Mapped[datetime]

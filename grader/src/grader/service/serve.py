@@ -16,7 +16,7 @@ import uvicorn
 from grader.catalog import Catalog
 from grader.errors import TopekaError
 from grader.sandbox import Sandbox
-from grader.service import work_queue
+from grader.service import dashboard, work_queue
 from grader.service.api import Service, create_app
 from grader.service.database import Database
 from grader.service.settings import Settings
@@ -93,6 +93,8 @@ class _Server(uvicorn.Server):
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             print(f"Topeka's grader listens on http://{host}:{port}; Ctrl-C ends it.", flush=True)
+            if link := dashboard.sign_in_link(self.config.app, f"http://{host}:{port}"):
+                print(f"Open {link}\nThe link signs you in, once.", flush=True)
 
 
 def work(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, slot: int, cache: Path) -> None:

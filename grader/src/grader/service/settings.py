@@ -18,6 +18,7 @@ class Settings(BaseModel):
         database_url: `sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/NAME` for any number.
         host: the address that the server listens on.
         port: its port.
+        public_url: what browsers call it behind a proxy, such as `https://grader.example.org`.
         max_request_bytes: a larger request is refused before it is read.
         duplicate_window_s: how long the same content for the same lab is the same submission.
         submissions_per_minute: of one user.
@@ -32,6 +33,7 @@ class Settings(BaseModel):
     database_url: str
     host: str = "127.0.0.1"
     port: int = Field(default=8300, ge=0, le=65535)
+    public_url: str | None = Field(default=None, pattern=r"^https?://[^/\s]+$")
     max_request_bytes: int = Field(default=4 << 20, ge=1024)
     duplicate_window_s: float = Field(default=60.0, ge=0)
     submissions_per_minute: int = Field(default=30, ge=1)

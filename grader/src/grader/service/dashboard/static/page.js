@@ -1,0 +1,35 @@
+// What every page does: times in the reader's own zone, and pages that renew themselves.
+
+const short = { month: "short", day: "numeric", hour: "numeric", minute: "2-digit" };
+const thisYear = new Intl.DateTimeFormat(undefined, short);
+const anyYear = new Intl.DateTimeFormat(undefined, { ...short, year: "numeric" });
+
+export function localTimes(root) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
+    const moment = new Date(time.dateTime);
+    const format = moment.getFullYear() === new Date().getFullYear() ? thisYear : anyYear;
+    time.textContent = format.format(moment);
+  }
+}
+
+async function renew(part) {
+  // Not while somebody is in it by keyboard, or has selected something to copy.
+  if (part.contains(document.activeElement) || !document.getSelection().isCollapsed || document.hidden) return;
+  const note = document.getElementById("refreshed");
+  try {
+    const answer = await fetch(location.href, { headers: { accept: "text/html" } });
+    if (answer.redirected) return location.reload();
+    if (!answer.ok) throw new Error(answer.statusText);
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById(part.id);
+    localTimes(fresh);
+    part.replaceChildren(...fresh.childNodes);
+    note.textContent = "This page renews itself every few seconds.";
+  } catch {
+    note.textContent = "The server does not answer; this page goes on trying.";
+  }
+}
+
+localTimes(document);
+for (const part of document.querySelectorAll("[data-refresh]")) {
+  setInterval(() => renew(part), 1000 * part.dataset.refresh);
+}
