@@ -126,6 +126,14 @@ def database(course: Catalog) -> Iterator[Database]:
 
 
 @pytest.fixture
+def tokens(database: Database) -> dict[str, str]:
+    """Tokens of two learners, ada and ben, and an instructor, ina, of the test's own service."""
+    with database.session() as session:
+        made = {name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben")}
+        return made | {"ina": accounts.create_token(session, "ina", Role.INSTRUCTOR)}
+
+
+@pytest.fixture
 def server(course: Catalog) -> Iterator[Running]:
     """A service of the test's own, which it may kill."""
     running = Running(course)
