@@ -96,11 +96,13 @@ def write_lectures(course: Catalog) -> None:
 
 @contextlib.contextmanager
 def open_site(course: Catalog) -> Iterator[Site]:
-    """Serve `course`, with three learners and an instructor."""
+    """Serve `course`, with four learners and an instructor."""
     write_lectures(course)
     database = open_database(Settings(database_url=url_of(course)))
     with database.session() as session:
-        tokens = {name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben", "cy")}
+        tokens = {
+            name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben", "cy", "eve")
+        }
         tokens["ina"] = accounts.create_token(session, "ina", Role.INSTRUCTOR)
     database.close()
     running = Running(course)
