@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,11 @@ class Running:
     catalog: Catalog
     port: int = 0
     process: subprocess.Popen[str] | None = None
+    database: Database = field(init=False)
     environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.database = open_database(Settings(database_url=url_of(self.catalog)))
 
     def start(self) -> None:
         self.process = subprocess.Popen(
@@ -71,30 +76,77 @@ class Running:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return httpx.Client(base_url=f"http://127.0.0.1:{self.port}/api/v1", headers=headers, timeout=30)
 
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.end()
+            self.process.kill()
+        self.database.close()
+
+
+class Person(httpx.Client):
+    """A user and their connection to the service."""
+
+    def __init__(self, running: Running, name: str, role: Role) -> None:
+        self.user = name
+        with running.database.session() as session:
+            self.token = accounts.create_token(session, name, role)
+        headers = {"Authorization": f"Bearer {self.token}"}
+        super().__init__(base_url=f"http://127.0.0.1:{running.port}/api/v1", headers=headers, timeout=30)
+
+
+@dataclass
+class School:
+    """A service that the tests of a file share. Everybody in it is new, so that no test meets another's people."""
+
+    running: Running
+    _people: list[Person] = field(default_factory=list)
+
+    def learner(self, name: str = "ada") -> Person:
+        return self._enter(name, Role.LEARNER)
+
+    def instructor(self) -> Person:
+        return self._enter("ina", Role.INSTRUCTOR)
+
+    def _enter(self, name: str, role: Role) -> Person:
+        self._people.append(Person(self.running, f"{name} {uuid.uuid4().hex[:8]}", role))
+        return self._people[-1]
+
+    def close(self) -> None:
+        for person in self._people:
+            person.close()
+
 
 @pytest.fixture
 def database(course: Catalog) -> Iterator[Database]:
+    """An empty database with the service's tables."""
     opened = open_database(Settings(database_url=url_of(course)))
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def tokens(database: Database) -> dict[str, str]:
-    with database.session() as session:
-        made = {name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben")}
-        return made | {"ina": accounts.create_token(session, "ina", Role.INSTRUCTOR)}
-
-
-@pytest.fixture
-def server(course: Catalog, tokens: dict[str, str]) -> Iterator[Running]:
+def server(course: Catalog) -> Iterator[Running]:
+    """A service of the test's own, which it may kill."""
     running = Running(course)
     running.start()
     yield running
-    if running.process is not None and running.process.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.end()
-        running.process.kill()
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def school(
+    tmp_path_factory: pytest.TempPathFactory, make_course: Callable[[Path], Catalog]
+) -> Iterator[School]:
+    """A service that the tests of a file share."""
+    root = tmp_path_factory.mktemp("school") / "a course"
+    root.mkdir()
+    running = Running(make_course(root))
+    running.start()
+    shared = School(running)
+    yield shared
+    shared.close()
+    running.close()
 
 
 def body(source: str = RIGHT, lab: str = "ch01/lab01", name: str = "numbers_lab.py") -> dict[str, Any]:
@@ -123,6 +175,3 @@ def events_of(response: httpx.Response) -> Iterator[tuple[int, str, dict[str, An
             kind = value
         elif name == "data":
             yield number, kind, json.loads(value)
-
-
-__all__ = ["RIGHT", "WRONG", "Path", "Running", "body", "events_of", "graded", "url_of"]

@@ -17,7 +17,6 @@ from grader.service.dashboard.reading import Library
 from grader.service.dashboard.sessions import has_local_owner
 from grader.service.database import Database
 from grader.service.models import BrowserSession, Role, now
-from grader.service.serve import open_database
 from grader.service.settings import Settings
 from grader.service.work_queue import WorkQueue
 from grader.state import State
@@ -29,8 +28,8 @@ from .dashboard_site import Site, open_site
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, new_course: Callable[[Path], Catalog]) -> Iterator[Site]:
-    with open_site(new_course(tmp_path_factory.mktemp("course"))) as opened:
+def site(tmp_path_factory: pytest.TempPathFactory, make_course: Callable[[Path], Catalog]) -> Iterator[Site]:
+    with open_site(make_course(tmp_path_factory.mktemp("course"))) as opened:
         yield opened
 
 
@@ -91,10 +90,9 @@ def test_signing_out_ends_the_session_and_not_only_the_cookie(site: Site):
 def test_a_revoked_token_ends_its_sessions(site: Site):
     with site.browser(site.tokens["cy"]) as cy:
         assert cy.get("/").status_code == 200
-        database = open_database(Settings(database_url=url_of(site.running.catalog)))
+        database = site.running.database
         with database.session() as session:
             accounts.revoke(session, site.tokens["cy"])
-        database.close()
         assert cy.get("/").status_code == 303
         assert cy.get("/api/v1/progress").status_code == 401
 
@@ -137,7 +135,7 @@ def test_only_an_embedded_service_on_loopback_has_an_owner(
 def test_a_session_ends_after_its_time(site: Site):
     with site.browser(site.tokens["ada"]) as ada:
         [key] = [value.split(".")[0] for value in ada.cookies.values()]
-        database = open_database(Settings(database_url=url_of(site.running.catalog)))
+        database = site.running.database
         with database.session() as session:
             session.get_one(BrowserSession, key).ends = now()
         assert ada.get("/").status_code == 303
@@ -145,7 +143,6 @@ def test_a_session_ends_after_its_time(site: Site):
             pass
         with database.session() as session:
             assert session.get(BrowserSession, key) is None, "the next signing in sweeps"
-        database.close()
 
 
 def test_what_the_command_verified_counts_for_the_owner_and_nobody_else(site: Site):
@@ -351,10 +348,9 @@ def test_the_gradebook_has_whoever_submitted(site: Site):
 
 
 def test_a_name_is_text_and_no_markup(site: Site):
-    database = open_database(Settings(database_url=url_of(site.running.catalog)))
+    database = site.running.database
     with database.session() as session:
         accounts.create_token(session, "<b>x</b>&", Role.LEARNER)
-    database.close()
     with site.browser(site.tokens["ina"]) as ina:
         book = ina.get("/gradebook").text
         assert "<b>x" not in book
@@ -362,9 +358,9 @@ def test_a_name_is_text_and_no_markup(site: Site):
         assert ina.get("/submissions", params={"user": "<b>x</b>&"}).status_code == 200
 
 
-def test_behind_a_proxy_nobody_is_the_owner_and_cookies_are_secure(
-    course: Catalog, database: Database, tokens: dict[str, str]
-):
+def test_behind_a_proxy_nobody_is_the_owner_and_cookies_are_secure(course: Catalog, database: Database):
+    with database.session() as session:
+        token = accounts.create_token(session, "ada", Role.LEARNER)
     settings = Settings(database_url=url_of(course), public_url="https://grader.example")
     app = create_app(Service(database, settings, course, WorkQueue(database)))
     assert sign_in_link(app, "http://127.0.0.1:8300") is None
@@ -378,9 +374,7 @@ def test_behind_a_proxy_nobody_is_the_owner_and_cookies_are_secure(
             assert (await browser.get("/sign-in?once=x")).status_code == 403
             assert (await browser.get("/sign-in", headers={"Host": "evil.example"})).status_code == 421
             for origin, status in (("http://other.example", 403), ("https://grader.example", 303)):
-                answer = await browser.post(
-                    "/sign-in", data={"token": tokens["ada"]}, headers={"Origin": origin}
-                )
+                answer = await browser.post("/sign-in", data={"token": token}, headers={"Origin": origin})
                 assert answer.status_code == status, origin
             assert "Secure" in answer.headers["set-cookie"]
 

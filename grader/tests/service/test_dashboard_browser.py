@@ -52,9 +52,9 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def site(
-    chromium: Browser, tmp_path_factory: pytest.TempPathFactory, new_course: Callable[[Path], Catalog]
+    chromium: Browser, tmp_path_factory: pytest.TempPathFactory, make_course: Callable[[Path], Catalog]
 ) -> Iterator[Site]:
-    with open_site(new_course(tmp_path_factory.mktemp("course"))) as opened:
+    with open_site(make_course(tmp_path_factory.mktemp("course"))) as opened:
         yield opened
 
 

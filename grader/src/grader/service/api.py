@@ -5,43 +5,45 @@ Learners see their own work, instructors the class. What somebody may not see do
 
 import asyncio
 import base64
-import binascii
 import csv
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from grader.catalog import Catalog, Lab
 from grader.errors import UsageError
-from grader.service import accounts, dashboard, problems, submissions
+from grader.service import accounts, dashboard, problems, records, submissions
 from grader.service.accounts import Identity
 from grader.service.dashboard import sessions
 from grader.service.database import Database
 from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
-from grader.service.problems import Problem
-from grader.service.records import best, gradebook, visible
+from grader.service.problems import Problem, documented
+from grader.service.records import best, visible
 from grader.service.settings import Settings
 from grader.service.work_queue import WorkQueue, queue_of
 
 # How often a watcher's connection looks for news.
 WATCH_S = 0.1
 _LAB_ID = r"^ch\d\d/lab\d\d$"
-_ID = r"^[0-9a-f]{32}$"
+# More than any lab has files.
+_MAX_PARTS = 20
 
 
 class _Answer(BaseModel):
@@ -74,6 +76,15 @@ class SubmitRequest(BaseModel):
     lab: str = Field(pattern=_LAB_ID, examples=["ch01/lab01"])
     files: dict[str, str] = Field(description="each of the lab's source files by name, in base64")
     slow: bool = Field(default=False, description="run tests marked slow too")
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What both forms of a submission come to."""
+
+    lab: str
+    files: dict[str, bytes]
+    slow: bool
 
 
 class LabAnswer(_Answer):
@@ -149,7 +160,14 @@ def create_app(service: Service) -> FastAPI:
         yield
         service.queue.close()
 
-    app = FastAPI(title="Topeka's grader", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Topeka's grader",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
+    )
     app.state.service = service
     problems.install(app)
     app.include_router(_routes(service), prefix="/api/v1")
@@ -250,9 +268,18 @@ def _routes(service: Service) -> APIRouter:
             service.accepted.labels(lab.id).inc()
         return found, new
 
-    @router.post("/submissions", status_code=201, responses={200: {"description": "the same content again"}})
+    @router.post(
+        "/submissions",
+        status_code=201,
+        responses={
+            200: {"description": "the same content again", "model": SubmissionAnswer},
+            201: {"links": _LINKS},
+            **documented(400, 401, 404, 411, 413, 415, 422, 429),
+        },
+        openapi_extra={"requestBody": _SUBMIT_BODY},
+    )
     def submit(
-        body: SubmitRequest, opened: Transaction, asker: Asker, response: Response
+        code: Annotated[_Code, Depends(_read_code)], opened: Transaction, asker: Asker, response: Response
     ) -> SubmissionAnswer:
         """Submit code for a lab. The same content within a minute is the same submission."""
         limit = RateLimitItemPerMinute(service.settings.submissions_per_minute)
@@ -262,32 +289,26 @@ def _routes(service: Service) -> APIRouter:
             raise Problem(
                 429, f"at most {limit.amount} submissions a minute; wait {wait} s", {"Retry-After": str(wait)}
             )
-        lab = service.labs.get(body.lab)
+        lab = service.labs.get(code.lab)
         if lab is None:
-            raise Problem(404, f"there is no lab {body.lab}")
-        code = {}
-        for name, text in body.files.items():
-            try:
-                code[name] = base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise Problem(422, f"files.{name}: not base64: {error}") from error
+            raise Problem(404, f"there is no lab {code.lab}")
         try:
-            submissions.check_code(lab, code)
+            submissions.check_code(lab, code.files)
         except UsageError as error:
             raise Problem(422, str(error)) from error
-        found, new = accept(opened, asker.user_id, lab, code, body.slow, None)
+        found, new = accept(opened, asker.user_id, lab, code.files, code.slow, None)
         response.status_code = 201 if new else 200
         response.headers["Location"] = f"/api/v1/submissions/{found.id}"
         return answer(opened, found)
 
-    @router.get("/submissions")
+    @router.get("/submissions", responses=documented(401, 422))
     def list_submissions(
         opened: Transaction,
         asker: Asker,
         lab: Annotated[str | None, Query(pattern=_LAB_ID)] = None,
         user: Annotated[str | None, Query(max_length=200)] = None,
         limit: Annotated[int, Query(ge=1, le=200)] = 50,
-        before: datetime | None = None,
+        before: Annotated[AwareDatetime | None, BeforeValidator(_iso_8601)] = None,
     ) -> list[SubmissionAnswer]:
         """List submissions, the newest first: one's own, or for instructors all. `before` pages on."""
         query = select(Submission).order_by(Submission.created.desc(), Submission.id).limit(limit)
@@ -298,17 +319,15 @@ def _routes(service: Service) -> APIRouter:
         if lab is not None:
             query = query.where(Submission.lab == lab)
         if before is not None:
-            if before.tzinfo is None:
-                raise Problem(422, "before: give the zone too, such as 2026-11-25T12:00:00Z")
             query = query.where(Submission.created < before)
         return [answer(opened, found) for found in opened.scalars(query)]
 
-    @router.get("/submissions/{submission_id}")
+    @router.get("/submissions/{submission_id}", responses=documented(401, 404))
     def status(submission_id: SubmissionId, opened: Transaction, asker: Asker) -> SubmissionAnswer:
         """Return a submission's state."""
         return answer(opened, visible(opened, asker, submission_id))
 
-    @router.get("/submissions/{submission_id}/report")
+    @router.get("/submissions/{submission_id}/report", responses=documented(401, 404, 409))
     def report(submission_id: SubmissionId, opened: Transaction, asker: Asker) -> dict[str, Any]:
         """Return the report, the same document as `topeka grade --json`."""
         found = visible(opened, asker, submission_id)
@@ -317,7 +336,9 @@ def _routes(service: Service) -> APIRouter:
             raise Problem(409, f"there is no report yet: the submission is {found.state}")
         return document.document
 
-    @router.post("/submissions/{submission_id}/regrade", status_code=201)
+    @router.post(
+        "/submissions/{submission_id}/regrade", status_code=201, responses=documented(401, 404, 409, 411)
+    )
     def regrade(submission_id: SubmissionId, opened: Transaction, asker: Asker) -> SubmissionAnswer:
         """Grade the same code again, as a submission of its own; the old report stays."""
         found = visible(opened, asker, submission_id)
@@ -327,7 +348,7 @@ def _routes(service: Service) -> APIRouter:
         again, _ = accept(opened, found.user_id, lab, submissions.code_of(found), found.slow, found.id)
         return answer(opened, again)
 
-    @router.post("/submissions/{submission_id}/cancel")
+    @router.post("/submissions/{submission_id}/cancel", responses=documented(401, 404, 409, 411))
     def cancel(submission_id: SubmissionId, opened: Transaction, asker: Asker) -> SubmissionAnswer:
         """Cancel a submission that is not graded yet."""
         found = visible(opened, asker, submission_id)
@@ -336,7 +357,11 @@ def _routes(service: Service) -> APIRouter:
         opened.refresh(found)
         return answer(opened, found)
 
-    @router.get("/submissions/{submission_id}/events", response_class=EventSourceResponse)
+    @router.get(
+        "/submissions/{submission_id}/events",
+        response_class=EventSourceResponse,
+        responses=documented(401, 404),
+    )
     async def events(
         submission_id: SubmissionId,
         request: Request,
@@ -372,7 +397,7 @@ def _routes(service: Service) -> APIRouter:
 
         return EventSourceResponse(told())
 
-    @router.get("/catalog")
+    @router.get("/catalog", responses=documented(401))
     def catalog(opened: Transaction, asker: Asker) -> list[ChapterAnswer]:
         """Return all chapters and labs, with one's own progress."""
         mine = best(opened, asker.user_id)
@@ -399,7 +424,7 @@ def _routes(service: Service) -> APIRouter:
             for chapter in service.catalog.chapters
         ]
 
-    @router.get("/progress")
+    @router.get("/progress", responses=documented(401))
     def progress(opened: Transaction, asker: Asker) -> dict[str, str]:
         """Return the best status of every lab one has submitted."""
         return best(opened, asker.user_id)
@@ -407,15 +432,19 @@ def _routes(service: Service) -> APIRouter:
     def rows(opened: Session) -> list[GradebookRow]:
         return [
             GradebookRow(user=user.name, verified=list(labs.values()).count("verified"), labs=labs)
-            for user, labs in gradebook(opened)
+            for user, labs in records.gradebook(opened)
         ]
 
-    @router.get("/gradebook")
-    def gradebook_rows(opened: Transaction, _: Teacher) -> list[GradebookRow]:
+    @router.get("/gradebook", responses=documented(401, 403))
+    def gradebook(opened: Transaction, _: Teacher) -> list[GradebookRow]:
         """Return the best status of every lab, of every learner and of whoever else has submitted."""
         return rows(opened)
 
-    @router.get("/gradebook.csv", response_class=Response, responses={200: {"content": {"text/csv": {}}}})
+    @router.get(
+        "/gradebook.csv",
+        response_class=Response,
+        responses={200: {"content": {"text/csv": {}}}, **documented(401, 403)},
+    )
     def gradebook_csv(opened: Transaction, _: Teacher) -> Response:
         """Return the gradebook as a table for spreadsheets."""
         text = io.StringIO()
@@ -428,7 +457,7 @@ def _routes(service: Service) -> APIRouter:
             writer.writerow([name, row.verified, *(row.labs.get(lab, "") for lab in labs)])
         return Response(text.getvalue(), media_type="text/csv; charset=utf-8")
 
-    @router.get("/workers")
+    @router.get("/workers", responses=documented(401, 403))
     def workers(opened: Transaction, _: Teacher) -> list[WorkerAnswer]:
         """Return the workers, and whether they live."""
         found = opened.scalars(select(Worker).order_by(Worker.id))
@@ -451,7 +480,11 @@ def _routes(service: Service) -> APIRouter:
         alive = [w for w in opened.scalars(select(Worker)) if _alive(w, service.settings)]
         return Health(status="ok", workers=len(alive))
 
-    @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **documented(401, 403)},
+    )
     def metrics(opened: Transaction, _: Teacher) -> Response:
         """Return measurements in Prometheus's text format."""
         waiting = opened.execute(
@@ -468,6 +501,93 @@ def _routes(service: Service) -> APIRouter:
         )
 
     return router
+
+
+# What a client can do next with the id of a new submission.
+_LINKS = {
+    name: {"operationId": name, "parameters": {"submission_id": "$response.body#/id"}}
+    for name in ("status", "report", "events", "regrade", "cancel")
+}
+
+_SUBMIT_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": SubmitRequest.model_json_schema()},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["lab", "files"],
+                "additionalProperties": False,
+                "properties": {
+                    "lab": {"type": "string", "pattern": _LAB_ID},
+                    "slow": {"type": "boolean", "default": False},
+                    "files": {
+                        "description": "each of the lab's source files, with its name",
+                        "type": "array",
+                        "items": {"type": "string", "format": "binary"},
+                    },
+                },
+            }
+        },
+    },
+}
+
+
+async def _read_code(request: Request) -> _Code:
+    """Read a submission, from JSON or from a form.
+
+    By hand, since FastAPI gives a route one kind of body.
+    """
+    match request.headers.get("content-type", "").split(";")[0].strip().lower():
+        case "application/json":
+            content = await request.body()
+            sent = _valid(lambda: SubmitRequest.model_validate_json(content))
+            return _Code(
+                sent.lab, {name: _decoded(name, text) for name, text in sent.files.items()}, sent.slow
+            )
+        case "multipart/form-data":
+            return await _read_form(request)
+        case _:
+            raise Problem(415, "send application/json or multipart/form-data")
+
+
+async def _read_form(request: Request) -> _Code:
+    files: dict[str, bytes] = {}
+    fields: dict[str, object] = {"files": {}}
+    async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS) as form:
+        for key, value in form.multi_items():
+            if isinstance(value, str) == (key == "files"):
+                raise Problem(422, f"{key}: the parts called files are files, and no others are")
+            if isinstance(value, str):
+                fields[key] = value
+                continue
+            name = value.filename or ""
+            if name in files:
+                raise Problem(422, f"{name} was sent twice")
+            files[name] = await value.read()
+    sent = _valid(lambda: SubmitRequest.model_validate(fields))
+    return _Code(sent.lab, files, sent.slow)
+
+
+def _valid(validate: Callable[[], SubmitRequest]) -> SubmitRequest:
+    try:
+        return validate()
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _decoded(name: str, text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise Problem(422, f"files.{name}: not base64: {error}") from error
+
+
+def _iso_8601(text: object) -> object:
+    # Pydantic would take a bare number for seconds since 1970.
+    if isinstance(text, str) and "T" not in text.upper():
+        raise ValueError("give a moment with its zone, such as 2026-11-25T12:00:00Z")
+    return text
 
 
 def _submission_id(submission_id: str) -> str:
