@@ -211,17 +211,17 @@ def write_course(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def new_course() -> Callable[[Path], Catalog]:
-    """`new_course(folder)` writes the miniature course into a folder: ch01/lab01 and ch01/lab02."""
+def make_course() -> Callable[[Path], Catalog]:
+    """Writes the miniature course into a folder, for tests that share one."""
     return lambda root: load(write_course(root))
 
 
 @pytest.fixture
-def course(tmp_path: Path, new_course: Callable[[Path], Catalog]) -> Catalog:
+def course(tmp_path: Path, make_course: Callable[[Path], Catalog]) -> Catalog:
     """The miniature course, in a folder with a space in its name."""
     root = tmp_path / "a course"
     root.mkdir()
-    return new_course(root)
+    return make_course(root)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -144,12 +144,12 @@ def server(course: Catalog) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def school(
-    tmp_path_factory: pytest.TempPathFactory, new_course: Callable[[Path], Catalog]
+    tmp_path_factory: pytest.TempPathFactory, make_course: Callable[[Path], Catalog]
 ) -> Iterator[School]:
     """A service that the tests of a file share."""
     root = tmp_path_factory.mktemp("school") / "a course"
     root.mkdir()
-    running = Running(new_course(root))
+    running = Running(make_course(root))
     running.start()
     shared = School(running)
     yield shared

@@ -9,10 +9,8 @@ import httpx
 from grader.catalog import Catalog
 from grader.service import accounts
 from grader.service.models import Role
-from grader.service.serve import open_database
-from grader.service.settings import Settings
 
-from .conftest import Running, url_of
+from .conftest import Running
 
 LECTURE = r"""# Why *halves*?
 
@@ -96,16 +94,16 @@ def write_lectures(course: Catalog) -> None:
 
 @contextlib.contextmanager
 def open_site(course: Catalog) -> Iterator[Site]:
-    """Serve `course`, with three learners and an instructor."""
+    """Serve `course`, with four learners and an instructor."""
     write_lectures(course)
-    database = open_database(Settings(database_url=url_of(course)))
-    with database.session() as session:
-        tokens = {name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben", "cy")}
-        tokens["ina"] = accounts.create_token(session, "ina", Role.INSTRUCTOR)
-    database.close()
     running = Running(course)
+    with running.database.session() as session:
+        tokens = {
+            name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben", "cy", "eve")
+        }
+        tokens["ina"] = accounts.create_token(session, "ina", Role.INSTRUCTOR)
     running.start()
     try:
         yield Site(running, tokens)
     finally:
-        running.end()
+        running.close()

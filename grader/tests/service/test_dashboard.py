@@ -8,17 +8,18 @@ from pathlib import Path
 import httpx
 import pytest
 from grader.catalog import Catalog
-from grader.report import TestResult
+from grader.report import Report, TestResult
 from grader.service import accounts
 from grader.service.api import Service, create_app
 from grader.service.dashboard import sign_in_link
 from grader.service.dashboard.gauge import gauge
 from grader.service.dashboard.reading import Library
+from grader.service.dashboard.sessions import has_local_owner
 from grader.service.database import Database
-from grader.service.models import Role
-from grader.service.serve import open_database
+from grader.service.models import BrowserSession, Role, now
 from grader.service.settings import Settings
 from grader.service.work_queue import WorkQueue
+from grader.state import State
 
 from grader import diagnosis
 
@@ -27,8 +28,8 @@ from .dashboard_site import Site, open_site
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, new_course: Callable[[Path], Catalog]) -> Iterator[Site]:
-    with open_site(new_course(tmp_path_factory.mktemp("course"))) as opened:
+def site(tmp_path_factory: pytest.TempPathFactory, make_course: Callable[[Path], Catalog]) -> Iterator[Site]:
+    with open_site(make_course(tmp_path_factory.mktemp("course"))) as opened:
         yield opened
 
 
@@ -89,10 +90,9 @@ def test_signing_out_ends_the_session_and_not_only_the_cookie(site: Site):
 def test_a_revoked_token_ends_its_sessions(site: Site):
     with site.browser(site.tokens["cy"]) as cy:
         assert cy.get("/").status_code == 200
-        database = open_database(Settings(database_url=url_of(site.running.catalog)))
+        database = site.running.database
         with database.session() as session:
             accounts.revoke(session, site.tokens["cy"])
-        database.close()
         assert cy.get("/").status_code == 303
         assert cy.get("/api/v1/progress").status_code == 401
 
@@ -116,6 +116,52 @@ def test_the_printed_link_signs_the_owner_in_once(site: Site):
         assert ina.get("/labs/ch01/lab01/files").status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("url", "host", "public_url", "has_owner"),
+    [
+        ("sqlite:///x", "127.0.0.1", None, True),
+        ("sqlite:///x", "localhost", None, True),
+        ("sqlite:///x", "0.0.0.0", None, False),
+        ("sqlite:///x", "127.0.0.1", "https://grader.example", False),
+        ("postgresql://u:p@h/d", "127.0.0.1", None, False),
+    ],
+)
+def test_only_an_embedded_service_on_loopback_has_an_owner(
+    url: str, host: str, public_url: str | None, has_owner: bool
+):
+    assert has_local_owner(Settings(database_url=url, host=host, public_url=public_url)) is has_owner
+
+
+def test_a_session_ends_after_its_time(site: Site):
+    with site.browser(site.tokens["ada"]) as ada:
+        [key] = [value.split(".")[0] for value in ada.cookies.values()]
+        database = site.running.database
+        with database.session() as session:
+            session.get_one(BrowserSession, key).ends = now()
+        assert ada.get("/").status_code == 303
+        with site.browser(site.tokens["ada"]):
+            pass
+        with database.session() as session:
+            assert session.get(BrowserSession, key) is None, "the next signing in sweeps"
+
+
+def test_what_the_command_verified_counts_for_the_owner_and_nobody_else(site: Site):
+    with site.api("ben") as program:
+        submission_id = program.post("/submissions", json=body(RIGHT + "# ben's")).json()["id"]
+        graded(program, submission_id)
+        document = program.get(f"/submissions/{submission_id}/report").json()
+    for lab in document["labs"]:
+        del lab["passed"]  # computed
+    checkout = State(site.running.catalog.root / ".topeka")
+    with site.browser() as owner, site.browser(site.tokens["eve"]) as eve:
+        assert owner.get(site.new_link()).status_code == 303
+        assert "0 of 2 labs verified" in owner.get("/").text
+        checkout.remember(Report.model_validate(document))
+        assert "1 of 2 labs verified" in owner.get("/").text
+        assert checkout.statuses() == {"ch01/lab01": "verified"}
+        assert "0 of 2 labs verified" in eve.get("/").text
+
+
 # --- requests from elsewhere -------------------------------------------------------------------------------
 
 
@@ -132,13 +178,15 @@ def test_the_printed_link_signs_the_owner_in_once(site: Site):
     ],
 )
 def test_nothing_is_changed_by_a_page_elsewhere(site: Site, headers: dict[str, str]):
+    with site.api("ben") as program:
+        before = len(program.get("/submissions").json())
     with site.browser(site.tokens["ben"]) as ben:
         for path in ("/sign-out", "/sign-in"):
             assert ben.post(path, headers=headers).status_code == 403, path
         assert ben.post("/api/v1/submissions", json=body(), headers=headers).status_code == 403
         assert ben.get("/").status_code == 200, "still signed in"
     with site.api("ben") as program:
-        assert program.get("/submissions").json() == []
+        assert len(program.get("/submissions").json()) == before
 
 
 def test_an_old_browser_says_its_origin_instead(site: Site):
@@ -274,7 +322,6 @@ def test_results_diagnosis_history_and_who_may_see_them(site: Site):
         course = ada.get("/").text
         assert "2 of 2 labs verified" in course
         assert "1 of 1 milestones reached" in course
-        assert "0 of 2 labs verified" in ben.get("/").text
         for page in (f"/submissions/{wrong['id']}", f"/submissions/{wrong['id']}/result"):
             assert ben.get(page).status_code == 404, page
         assert "ada" not in ben.get("/submissions?user=ada").text, "one's own, whatever one asks for"
@@ -296,26 +343,24 @@ def test_results_diagnosis_history_and_who_may_see_them(site: Site):
 
 def test_the_gradebook_has_whoever_submitted(site: Site):
     with site.api("ina") as program:
-        assert "ina" not in [row["user"] for row in program.get("/gradebook").json()]
         graded(program, program.post("/submissions", json=body()).json()["id"])
         assert "ina" in [row["user"] for row in program.get("/gradebook").json()]
 
 
 def test_a_name_is_text_and_no_markup(site: Site):
-    database = open_database(Settings(database_url=url_of(site.running.catalog)))
+    database = site.running.database
     with database.session() as session:
-        accounts.create_token(session, "<b>eve</b>&", Role.LEARNER)
-    database.close()
+        accounts.create_token(session, "<b>x</b>&", Role.LEARNER)
     with site.browser(site.tokens["ina"]) as ina:
         book = ina.get("/gradebook").text
-        assert "<b>eve" not in book
-        assert "&lt;b&gt;eve&lt;/b&gt;&amp;" in book
-        assert ina.get("/submissions", params={"user": "<b>eve</b>&"}).status_code == 200
+        assert "<b>x" not in book
+        assert "&lt;b&gt;x&lt;/b&gt;&amp;" in book
+        assert ina.get("/submissions", params={"user": "<b>x</b>&"}).status_code == 200
 
 
-def test_behind_a_proxy_nobody_is_the_owner_and_cookies_are_secure(
-    course: Catalog, database: Database, tokens: dict[str, str]
-):
+def test_behind_a_proxy_nobody_is_the_owner_and_cookies_are_secure(course: Catalog, database: Database):
+    with database.session() as session:
+        token = accounts.create_token(session, "ada", Role.LEARNER)
     settings = Settings(database_url=url_of(course), public_url="https://grader.example")
     app = create_app(Service(database, settings, course, WorkQueue(database)))
     assert sign_in_link(app, "http://127.0.0.1:8300") is None
@@ -329,9 +374,7 @@ def test_behind_a_proxy_nobody_is_the_owner_and_cookies_are_secure(
             assert (await browser.get("/sign-in?once=x")).status_code == 403
             assert (await browser.get("/sign-in", headers={"Host": "evil.example"})).status_code == 421
             for origin, status in (("http://other.example", 403), ("https://grader.example", 303)):
-                answer = await browser.post(
-                    "/sign-in", data={"token": tokens["ada"]}, headers={"Origin": origin}
-                )
+                answer = await browser.post("/sign-in", data={"token": token}, headers={"Origin": origin})
                 assert answer.status_code == status, origin
             assert "Secure" in answer.headers["set-cookie"]
 

@@ -29,13 +29,13 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from grader.catalog import Catalog, Lab
 from grader.errors import UsageError
-from grader.service import accounts, dashboard, problems, submissions
+from grader.service import accounts, dashboard, problems, records, submissions
 from grader.service.accounts import Identity
 from grader.service.dashboard import sessions
 from grader.service.database import Database
 from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
 from grader.service.problems import Problem, documented
-from grader.service.records import best, gradebook, visible
+from grader.service.records import best, visible
 from grader.service.settings import Settings
 from grader.service.work_queue import WorkQueue, queue_of
 
@@ -432,11 +432,11 @@ def _routes(service: Service) -> APIRouter:
     def rows(opened: Session) -> list[GradebookRow]:
         return [
             GradebookRow(user=user.name, verified=list(labs.values()).count("verified"), labs=labs)
-            for user, labs in gradebook(opened)
+            for user, labs in records.gradebook(opened)
         ]
 
     @router.get("/gradebook", responses=documented(401, 403))
-    def gradebook_rows(opened: Transaction, _: Teacher) -> list[GradebookRow]:
+    def gradebook(opened: Transaction, _: Teacher) -> list[GradebookRow]:
         """Return the best status of every lab, of every learner and of whoever else has submitted."""
         return rows(opened)
 

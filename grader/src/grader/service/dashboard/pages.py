@@ -168,8 +168,8 @@ def _routes(service: "Service", draw: _Pages, door: LocalDoor) -> APIRouter:
             return ask("", _own_page(next), 200)
         if not sessions.has_local_owner(settings) or not door.open(once):
             return ask(
-                "This link was used already, or is of an earlier start. `topeka serve` prints a new one "
-                "whenever one is used.",
+                "This link was used already, or is of an earlier start. Take the newest one that topeka serve "
+                "has printed.",
                 _own_page(next),
                 403,
             )
