@@ -15,6 +15,7 @@ from grader.report import LabReport, MilestoneResult, Outcome, Report, Status, T
 from grader.runner.protocol import Event, Job, Limits
 from grader.sandbox import Sandbox, SandboxFailed
 from grader.submission import SubmissionError, code_folder, pack, read_code
+from grader.suspicion import suspicious
 
 # Called with the lab and each event while it runs, for live progress.
 OnEvent = Callable[[Lab, Event], None]
@@ -138,7 +139,8 @@ def grade_lab(
                 on_event(lab, event)
     except SandboxFailed as error:
         return LabReport(lab=lab.id, title=lab.title, status=Status.ERROR, reason=str(error))
-    return _fold(lab, expected, events, job.limits, left_out)
+    report = _fold(lab, expected, events, job.limits, left_out)
+    return report.model_copy(update={"suspicious": suspicious(code)})
 
 
 def _fold(
@@ -152,6 +154,7 @@ def _fold(
     milestones: list[MilestoneResult] = []
     collect_errors: list[Event] = []
     repeated: set[str] = set()
+    tampering: dict[str, None] = {}
     running: str | None = None
     session_finished = False
     finished: Event = {}
@@ -169,6 +172,8 @@ def _fold(
                 collect_errors.append(event)
             case "session_finished":
                 session_finished = True
+            case "tampering":
+                tampering[f"the code under test {event['what']}"] = None
             case "finished":
                 finished = event
     names = [t.name for t in expected]
@@ -177,8 +182,10 @@ def _fold(
     status, reason = _status(
         tests, strangers, repeated, collect_errors, running, session_finished, finished, limits
     )
+    if tampering and status is not Status.TIMEOUT and status is not Status.ERROR:
+        status, reason = Status.FAILED, "; ".join(list(tampering)[:3])
     found = None
-    if status is Status.FAILED:
+    if status is Status.FAILED and not tampering:
         hints = {m.name: m.hint for m in misconceptions.load(lab).misconception}
         found = diagnosis.diagnose(tests, diagnosis.read_signatures(lab), hints)
     return LabReport(
@@ -193,6 +200,7 @@ def _fold(
         peak_memory_bytes=finished["peak_memory_bytes"],
         output=finished["output"] if status is not Status.VERIFIED else "",
         output_cut=finished["output_cut"],
+        tampering=tuple(tampering),
         slow_left_out=slow_left_out,
     )
 

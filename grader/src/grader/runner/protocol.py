@@ -15,6 +15,7 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | `test_started` | `test` | child |
 | `test` | `test`, `outcome`, `seconds`, `message`, `output`, `not_written`, `milestones` | child |
 | `session_finished` | `exit_status` | child |
+| `tampering` | `what` | child, and runner |
 | `busy` | `clients` | listener, instead of all others |
 | `finished` | `job`, `end`, `code`, `seconds`, `peak_memory_bytes`, `output`, `output_cut`, `dropped` | runner |
 
@@ -22,8 +23,9 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 `cancelled`. Standard output and error of the child never mix with events: they come back as `output`,
 the tail of them, inside `finished`.
 
-The code under test shares the child's process, so it can write to the child's descriptor. The runner
-forwards what has the shape of a child's event and drops the rest.
+The code under test shares the child's process, so it can write to the child's descriptor. The child seals what it
+says (`grader.runner.seal`); the runner forwards what has the seal and the shape of a child's event and drops the
+rest. A dropped line that has the shape of an event is `tampering`.
 """
 
 import dataclasses
@@ -139,9 +141,15 @@ class _SessionFinished(_ChildEvent):
     exit_status: int
 
 
+class _Tampering(_ChildEvent):
+    event: Literal["tampering"]
+    what: str
+
+
 _CHILD_EVENT: TypeAdapter[Any] = TypeAdapter(
     Annotated[
-        _Collected | _CollectError | _TestStarted | _Test | _SessionFinished, Field(discriminator="event")
+        _Collected | _CollectError | _TestStarted | _Test | _SessionFinished | _Tampering,
+        Field(discriminator="event"),
     ]
 )
 

@@ -27,7 +27,9 @@ import psutil
 
 from grader import machine
 from grader.runner import child, reaper
+from grader.runner.integrity import Snapshot
 from grader.runner.protocol import Event, Job, ProtocolError, is_child_event, receive_job
+from grader.runner.seal import SECRET_BYTES, Seal, new_secret
 
 # A job's tar is made by `grader.submission.pack` from source files; anything larger is none of ours.
 _MAX_FILES, _MAX_BYTES = 5_000, 256 << 20
@@ -44,6 +46,8 @@ class WarmParent:
     def __init__(self, jobs: IO[bytes], events: int) -> None:
         self._jobs = jobs
         self._events = events
+        self._snapshot = Snapshot()
+        self._snapshot_of = 0
 
     def serve(self, preload: Sequence[str]) -> None:
         """Import `preload`, say `ready`, and run jobs until `jobs` ends."""
@@ -55,6 +59,8 @@ class WarmParent:
         while (received := receive_job(self._jobs)) is not None:
             job, tar = received
             import_all(job.preload)
+            if "torch" in sys.modules:
+                import_all(("shared.forbid", "torch.testing", "numpy.testing"))
             self._send(event="started", job=job.id)
             self._run(job, tar)
 
@@ -71,24 +77,36 @@ class WarmParent:
             except (tarfile.TarError, ValueError, OSError) as error:
                 raise ProtocolError(f"not the tar of a job: {error}") from error
             event_read, event_write = os.pipe()
+            secret_read, secret_write = os.pipe()
             output_read, output_write = os.pipe()
+            if len(sys.modules) != self._snapshot_of:
+                self._snapshot.take()  # here and not in the child: once for all jobs
+                self._snapshot_of = len(sys.modules)
             gc.freeze()
             started = time.monotonic()
             pid = os.fork()
             if pid == 0:
                 os.close(event_read)
                 os.close(output_read)
-                self._become_child(job, work, event_write, output_write)
+                os.close(secret_write)
+                self._become_child(job, work, event_write, output_write, secret_read)
             os.close(event_write)
             os.close(output_write)
+            os.close(secret_read)
+            secret = (
+                new_secret()
+            )  # drawn after the fork: the child must not find it in its copy of this frame
+            with contextlib.suppress(BrokenPipeError):  # the child has ended already; that is seen below
+                os.write(secret_write, secret)
+            os.close(secret_write)
             with os.fdopen(event_read, "rb", 0) as e, os.fdopen(output_read, "rb", 0) as o:
-                watched = _Watched(job, pid, started, e, o, self._events, self._jobs)
+                watched = _Watched(job, pid, started, e, o, self._events, self._jobs, Seal(secret))
                 finished = watched.until_end()
         finally:
             _remove(work)
         self._send(**finished)
 
-    def _become_child(self, job: Job, work: Path, events: int, output: int) -> NoReturn:
+    def _become_child(self, job: Job, work: Path, events: int, output: int, secret: int) -> NoReturn:
         code = 70  # EX_SOFTWARE: something of ours failed before or around pytest
         try:
             os.setsid()
@@ -106,7 +124,8 @@ class WarmParent:
             sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            code = child.run(job, work, events)
+            with os.fdopen(secret, "rb") as stream:
+                code = child.run(job, work, events, stream.read(SECRET_BYTES), self._snapshot)
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:
@@ -130,6 +149,7 @@ class _Watched:
         output: IO[bytes],
         forward_to: int,
         jobs: IO[bytes],
+        seal: Seal,
     ) -> None:
         self._job = job
         self._pid = pid
@@ -138,6 +158,8 @@ class _Watched:
         self._event_fd = events.fileno()
         self._forward_to = forward_to
         self._jobs_fd = jobs.fileno()
+        self._seal = seal
+        self._forged = False
         self._partial = b""
         self._dropped = 0
         self._events = 0
@@ -222,15 +244,25 @@ class _Watched:
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > _MAX_EVENT_BYTES:
             self._partial, self._dropped = b"", self._dropped + 1
-        for line in lines:
-            if self._flooded() or not is_child_event(line):
+        for sealed in lines:
+            if self._flooded():
                 self._dropped += 1
                 continue
             self._events += 1
-            self._events_bytes += len(line)
-            line += b"\n"
-            while line:
-                line = line[os.write(self._forward_to, line) :]
+            self._events_bytes += len(sealed)
+            line = self._seal.open(sealed)
+            if line is None or not is_child_event(line):
+                self._dropped += 1
+                if not self._forged and is_child_event(sealed[max(sealed.find(b"{"), 0) :]):
+                    self._forged = True
+                    self._forward(b'{"event": "tampering", "what": "wrote results to the grader\'s channel"}')
+                continue
+            self._forward(line)
+
+    def _forward(self, line: bytes) -> None:
+        line += b"\n"
+        while line:
+            line = line[os.write(self._forward_to, line) :]
 
     def _take_output(self, data: bytes) -> None:
         self._output += data
