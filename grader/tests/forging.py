@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Attacks by wrong code that wants to be `verified`: what `docs/security.md` lists and `test_forging.py` runs.
 
 Every attack gets a lab of one file, `answer.py`, whose `double` must return twice its input, and returns three times
@@ -76,7 +77,6 @@ def _once(body: str) -> str:
 
 
 _CONFIG = "import _pytest.assertion.util\nconfig = _pytest.assertion.util._config\n"
-_FRAMES = "import sys\nframe = sys._getframe()\nwhile frame.f_code.co_name != 'test_double':\n    frame = frame.f_back\n"
 
 ATTACKS = [
     Attack("replaces shared.compare.assert_close", "tensor",

@@ -10,8 +10,8 @@ _MODULES = {"atexit", "builtins", "ctypes", "gc", "grader", "inspect", "marshal"
             "pytest", "_pytest", "shared", "signal", "socket", "subprocess", "threading", "unittest"}  # fmt: skip
 _NAMES = {"exec", "eval", "compile", "__import__", "globals", "open"}
 _ATTRIBUTES = {"_getframe", "_exit", "settrace", "setprofile", "meta_path", "modules", "addaudithook", "fork",
-               "__code__", "__globals__", "__closure__", "__subclasses__", "tb_frame", "f_back", "f_globals", "f_locals",
-               "as_subclass"}  # fmt: skip
+               "__code__", "__globals__", "__closure__", "__subclasses__", "tb_frame", "f_back", "f_globals",
+               "f_locals", "as_subclass"}  # fmt: skip
 _METHODS = {
     "__eq__",
     "__torch_function__",

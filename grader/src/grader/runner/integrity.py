@@ -22,18 +22,8 @@ _CORE = {"builtins", "pytest", "sys", "time", "torch", "torch.nn.functional", "n
          "_pytest.outcomes", "_pytest.python", "_pytest.python_api", "_pytest.raises", "_pytest.reports",
          "_pytest.assertion.util", "pluggy._callers", "shared.compare", "shared.plugin", "shared.timing",
          "shared.forbid", "shared.code_under_test"}  # fmt: skip
-_FAMILIES: tuple[str, ...] = (
-    "_pytest.",
-    "pluggy.",
-    "shared.",
-    "numpy.testing.",
-    "torch.testing.",
-    "grader.runner.",
-)
-_CORE = {"builtins", "pytest", "_pytest", "pluggy", "shared", "sys", "time", "numpy.testing", "torch", "torch.testing",
-         "torch._tensor", "torch.nn.functional", "numpy", "unittest.case"}  # fmt: skip
-_FAMILIES: tuple[str, ...] = ("_pytest.", "pluggy.", "shared.", "numpy.testing.", "torch.testing.", "grader.runner.", "torch.nn.modules.",
-             "unittest.", "json.")  # fmt: skip
+_FAMILIES = ("_pytest.", "pluggy.", "shared.", "numpy.testing.", "torch.testing.", "grader.runner.", "unittest.",
+             "json.", "torch.nn.modules.")  # fmt: skip
 _MODULES = {
     "_pytest", "pluggy", "shared", "numpy.testing", "torch.testing", "torch._tensor",
     "os", "io", "math", "cmath", "random", "functools", "itertools", "operator", "contextlib", "inspect", "traceback",
