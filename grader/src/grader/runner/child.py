@@ -196,7 +196,14 @@ class EventsPlugin:
         self._send(event="session_finished", exit_status=int(exitstatus))
 
 
-def run(job: Job, work: Path, descriptor: int, secret: bytes, snapshot: Snapshot) -> int:
+def run(
+    job: Job,
+    work: Path,
+    descriptor: int,
+    secret: bytes,
+    snapshot: Snapshot,
+    code_socket: int | None = None,
+) -> int:
     """Run the job's tests in `work` and return pytest's exit status.
 
     Args:
@@ -205,8 +212,9 @@ def run(job: Job, work: Path, descriptor: int, secret: bytes, snapshot: Snapshot
         descriptor: where events go.
         secret: seals them.
         snapshot: of everything before.
+        code_socket: to the process of the code under test; None if it runs in this one.
     """
-    _limit(job)
+    limit(job)
     os.chdir(work)
     temporary = work / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -234,18 +242,24 @@ def run(job: Job, work: Path, descriptor: int, secret: bytes, snapshot: Snapshot
         *("-p", "no:terminal"),  # events are the only report
         "--continue-on-collection-errors",
         *(["--slow"] if job.slow else []),
+        *([f"--code-socket={code_socket}"] if code_socket is not None else []),
         *(["--collect-only"] if job.mode == "collect" else []),
     ]
     folder = work / "labs" / job.folder
     owner = audit.Owner(folder / "src", temporary)
     reporter = Reporter(descriptor, secret, owner, folder / "tests")
+    if code_socket is not None:
+        from shared.apart import client
+
+        client.on_tampering.append(reporter.found)
     plugin = EventsPlugin(reporter, lab, folder / "tests", snapshot)
     audit.watch(owner, folder / "tests", plugin.is_protected, reporter.found)
     del secret, reporter
     return int(pytest.main(arguments, plugins=[plugin]))
 
 
-def _limit(job: Job) -> None:
+def limit(job: Job) -> None:
+    """Set the job's limits for this process."""
     limits = job.limits
     wanted = {
         resource.RLIMIT_CORE: 0,

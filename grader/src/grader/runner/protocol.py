@@ -9,7 +9,7 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | event | keys | from |
 |---|---|---|
 | `ready` | `pid`, `machine` | runner, once |
-| `started` | `job` | runner |
+| `started` | `job`, `trust`, `same_user` | runner |
 | `collected` | `tests`: [{`name`, `slow`}] | child |
 | `collect_error` | `file`, `message`, `code_under_test` | child |
 | `test_started` | `test` | child |
@@ -18,6 +18,8 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | `tampering` | `what` | child, and runner |
 | `busy` | `clients` | listener, instead of all others |
 | `finished` | `job`, `end`, `code`, `seconds`, `peak_memory_bytes`, `output`, `output_cut`, `dropped` | runner |
+
+`same_user` says of a strict job why the code under test has no user of its own, empty if it has.
 
 `end` is `exited`, `signalled`, `timeout`, `processes` (too many of them), `flood` (too many events) or
 `cancelled`. Standard output and error of the child never mix with events: they come back as `output`,
@@ -79,6 +81,7 @@ class Job:
         preload: modules to import before forking.
         slow: whether tests marked slow run too.
         seed: shifts the random inputs of every test.
+        trust: `strict` runs the code under test in a process of its own.
         tests: names of the only tests to run, below the lab's folder; empty for all.
         limits: what the job may use.
     """
@@ -89,6 +92,7 @@ class Job:
     preload: tuple[str, ...] = ("torch",)
     slow: bool = False
     seed: int = 0
+    trust: Literal["same_process", "strict"] = "same_process"
     tests: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
