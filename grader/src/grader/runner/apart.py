@@ -44,8 +44,9 @@ def why_same_user() -> str | None:
     """Return why the process keeps the runner's user, or None if it gets one of its own."""
     if os.geteuid() != 0:
         return "the runner is not root"
-    import shared
     import torch
+
+    import shared
 
     for file in (os.__file__, torch.__file__, shared.__file__, str(base())):
         for folder in Path(file).resolve().parents:

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import socket
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from shared.apart import modules
+from shared.apart.gradients import attach, gradients
 from shared.apart.wire import CannotCross, Channel, Decoder, Encoder, Ended
 from shared.code_under_test import CannotImport, CodeUnderTest
 from shared.course import LabFolder
@@ -43,6 +44,7 @@ class CodeElsewhere(CodeUnderTest):
         self._proxies: dict[int, Any] = {}
         self._callbacks: list[Callable[..., Any]] = []
         self._freed: list[int] = []
+        self._graphs: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
         self._random: torch.Tensor | None = None
         self.bans: list[Any] = []
         self.violations: list[str] = []
@@ -98,6 +100,8 @@ class CodeElsewhere(CodeUnderTest):
                     tell(str(reply["tampering"])[:200])
             elif "callback" in reply:
                 self._call_back(reply, tensors)
+            elif "callback_backward" in reply:
+                self._call_back_backward(reply, tensors)
             else:
                 break
         self.violations += [str(v) for v in reply.get("violations", ())]
@@ -118,7 +122,7 @@ class CodeElsewhere(CodeUnderTest):
         touched: dict[int, RemoteModule] = {}
         if owner is not None:
             touched[owner._remote_handle] = owner
-        encoder = Encoder(lambda value: self._encode_other(value, touched))
+        encoder = self._encoder(touched)
         message: _Message = {
             "op": op,
             "target": target,
@@ -150,15 +154,15 @@ class CodeElsewhere(CodeUnderTest):
             return result
         inputs = explicit + [p for m in touched.values() for p in modules.trainable(m)]
         outputs = [t for _, t in sorted(decoder.with_grad.items())]
-        attached = _Call.apply(self, graph, [t.detach() for t in outputs], *inputs)  # type: ignore[no-untyped-call]
+        attached = attach(_Graph(self, graph), outputs, inputs, decoder.made_by)
         again = Decoder(tensors, self.decode_other, encoder.mutable)
         again.attached = dict(zip(sorted(decoder.with_grad), attached, strict=True))
         return again(reply["ok"])
 
-    def backward(self, graph: int, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def backward(self, graph: int, given: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Return the gradients of a call's inputs, given those of its outputs."""
         encoder = Encoder(lambda value: None)
-        message = {"op": "backward", "graph": graph, "gradients": [encoder(g) for g in gradients]}
+        message = {"op": "backward", "graph": graph, "gradients": [encoder(g) for g in given]}
         reply, tensors = self.request(message, encoder.tensors)
         decoder = Decoder(tensors, self.decode_other)
         return [decoder(g) for g in reply["ok"]]
@@ -168,23 +172,44 @@ class CodeElsewhere(CodeUnderTest):
         self._freed.append(graph)
 
     def _call_back(self, message: _Message, tensors: list[torch.Tensor]) -> None:
-        encoder = Encoder(lambda value: self._encode_other(value, {}))
+        encoder = self._encoder({})
         try:
             decoder = Decoder(tensors, self.decode_other)
             arguments = [decoder(a) for a in message["args"]]
             named = {n: decoder(v) for n, v in message["kwargs"].items()}
             with torch.set_grad_enabled(bool(message["grad"])):
                 result = self._callbacks[message["callback"]](*arguments, **named)
-            if any(t.requires_grad for t in decoder.mutable if isinstance(t, torch.Tensor)):
-                raise CannotCross("gradients through a function of the tests cannot cross between processes")
             reply = {"ok": encoder(result)}
+            if encoder.outputs:
+                self._graphs.append(
+                    (list(encoder.outputs), [t for _, t in sorted(decoder.with_grad.items())])
+                )
+                reply["graph"] = len(self._graphs) - 1
+        except Exception as error:
+            encoder, reply = Encoder(lambda value: None), {"error": f"{type(error).__name__}: {error}"}
+        self._channel.send(reply, encoder.tensors)
+
+    def _call_back_backward(self, message: _Message, tensors: list[torch.Tensor]) -> None:
+        encoder = Encoder(lambda value: None)
+        decoder = Decoder(tensors, self.decode_other)
+        try:
+            outputs, inputs = self._graphs[message["callback_backward"]]
+            reply: _Message = {
+                "ok": gradients(outputs, inputs, [decoder(g) for g in message["gradients"]], encoder)
+            }
         except Exception as error:
             encoder, reply = Encoder(lambda value: None), {"error": f"{type(error).__name__}: {error}"}
         self._channel.send(reply, encoder.tensors)
 
     # --- objects ------------------------------------------------------------------------------------------
 
-    def _encode_other(self, value: Any, touched: dict[int, "RemoteModule"]) -> _Message | None:
+    def _encoder(self, touched: dict[int, "RemoteModule"]) -> Encoder:
+        encoder = Encoder(lambda value: self._encode_other(value, touched, encoder))
+        return encoder
+
+    def _encode_other(
+        self, value: Any, touched: dict[int, "RemoteModule"], encoder: Encoder
+    ) -> _Message | None:
         if isinstance(value, RemoteModule):
             touched[value._remote_handle] = value
         handle = getattr(value, "_remote_handle", None) or vars(type(value)).get("_remote_handle")
@@ -192,6 +217,10 @@ class CodeElsewhere(CodeUnderTest):
             return {"k": "object", "handle": value._remote_handle}
         if isinstance(handle, int):
             return {"k": "object", "handle": handle}
+        if isinstance(value, nn.Module) and type(value).__module__.startswith("torch.nn."):
+            return {"k": "torch module", "v": modules.tree(value, encoder, lambda m: _no_handle(m))}
+        if isinstance(value, Iterator):
+            return {"k": "iterator", "v": [encoder(v) for v in value]}
         if callable(value) and not isinstance(value, nn.Module):
             self._callbacks.append(value)
             return {"k": "callback", "id": len(self._callbacks) - 1}
@@ -236,6 +265,10 @@ class CodeElsewhere(CodeUnderTest):
         self._proxies[handle] = proxy
 
 
+def _no_handle(module: nn.Module) -> None:
+    raise CannotCross(f"a module of class {type(module).__qualname__} cannot cross between processes")
+
+
 class _Loader:
     def __init__(self, code: CodeElsewhere) -> None:
         self._code = code
@@ -248,32 +281,30 @@ class _Loader:
         self._code.import_into(module)
 
 
-class _Call(torch.autograd.Function):
-    """Puts the outputs of a call into the graph of its inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, code: CodeElsewhere, graph: int, outputs: list[torch.Tensor], *inputs: Any) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.code, ctx.graph = code, _Graph(code, graph)
-        return tuple(outputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return (None, None, None, *ctx.code.backward(ctx.graph.number, gradients))
-
-
 class _Graph:
     """Frees the other side's graph when nobody can ask for gradients any more."""
 
     def __init__(self, code: CodeElsewhere, number: int) -> None:
-        self._code, self.number = code, number
+        self._code, self._number = code, number
+
+    def __call__(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        return self._code.backward(self._number, gradients)
 
     def __del__(self) -> None:
-        self._code.free(self.number)
+        self._code.free(self._number)
 
 
-class RemoteObject:
+class _RemoteClass(type):
+    """A class of the code under test; what it lacks here, such as a class method, is asked for there."""
+
+    def __getattr__(cls, name: str) -> Any:
+        handle = cls.__dict__.get("_remote_class")
+        if handle is None or name.startswith("_"):
+            raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
+        return cls._code.call("get", handle, name=name)
+
+
+class RemoteObject(metaclass=_RemoteClass):
     """An object of the code under test. It never says itself what it equals."""
 
     _code: CodeElsewhere
@@ -294,7 +325,7 @@ class RemoteObject:
         self._code.call("set", self._remote_handle, value, name=name)
 
 
-class RemoteModule(nn.Module):
+class RemoteModule(nn.Module, metaclass=_RemoteClass):
     """A module of the code under test: parameters here, computation there."""
 
     _code: CodeElsewhere
@@ -313,7 +344,7 @@ class RemoteModule(nn.Module):
             tree, decoder = reply["ok"], Decoder(tensors, self._code.decode_other)
         assert tree is not None
         assert decoder is not None
-        _fill(self, self._code, tree, decoder)
+        modules.fill(self, tree, decoder, lambda t, d: _child(self._code, t, d))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -329,29 +360,9 @@ class RemoteModule(nn.Module):
             self._code.call("set", self._remote_handle, value, name=name)
 
 
-def _fill(module: nn.Module, code: CodeElsewhere, tree: _Message, decoder: Decoder) -> None:
-    for name, parameter in tree["parameters"].items():
-        module.register_parameter(name, decoder(parameter))
-    for name, (buffer, persistent) in tree["buffers"].items():
-        module.register_buffer(name, decoder(buffer), persistent=bool(persistent))
-    for name, child in tree["children"].items():
-        module._modules[name] = None if child is None else _child(code, child, decoder)
-    for name, value in tree["values"].items():
-        module.__dict__[name] = decoder(value)
-    module.training = bool(tree["training"])
-
-
 def _child(code: CodeElsewhere, tree: _Message, decoder: Decoder) -> nn.Module:
-    if tree["handle"] is None:
-        cls = decoder(tree["class"])
-        if not issubclass(cls, nn.Module):
-            raise ValueError(f"{cls} is no module")
-        child: nn.Module = cls.__new__(cls)
-        nn.Module.__init__(child)
-        _fill(child, code, tree, decoder)
-        return child
-    remote = code.decode_other(tree["handle"]["class"])
-    mirrored: RemoteModule = remote.__new__(remote)
+    cls = code.decode_other(tree["handle"]["class"])
+    mirrored: RemoteModule = cls.__new__(cls)
     nn.Module.__init__(mirrored)
     mirrored._bind(int(tree["handle"]["handle"]), tree, decoder)
     return mirrored
@@ -378,7 +389,8 @@ def _class(code: CodeElsewhere, handle: int, encoded: _Message, base: type) -> t
         body["forward"] = _method("__call__")
     if (signature := _signature(encoded)) is not None:
         body["__signature__"] = signature
-    return type(str(encoded["name"]), (base,), body)
+    parents = tuple(code.decode_other(b) for b in encoded["bases"]) or (base,)
+    return _RemoteClass(str(encoded["name"]), parents, body)
 
 
 # Not what compares and computes: an object that answers for itself could pretend to be a number.
@@ -465,7 +477,8 @@ class ForbiddenElsewhere:
     def __init__(self, code: CodeElsewhere, tests: types.ModuleType | None = None) -> None:
         self._code = code
         code.bans = [{"taken": [list(t) for t in (taken_names(tests) if tests is not None else ())]}]
-        code.violations = self.violations = []
+        self.violations: list[str] = []
+        code.violations = self.violations
 
     def __call__(self, *targets: Any, why: str = "") -> None:
         """Ban `targets` for the rest of the test; see `shared.forbid.Forbidden`."""

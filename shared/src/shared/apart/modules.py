@@ -35,6 +35,42 @@ def tree(module: nn.Module, encoder: Encoder, handle: Callable[[Any], Any]) -> _
     }
 
 
+def fill(
+    module: nn.Module, encoded: _Tree, decoder: Decoder, child_of: Callable[[_Tree, Decoder], nn.Module]
+) -> None:
+    """Give `module`, whose `nn.Module.__init__` has run, what `tree` encoded.
+
+    Args:
+        module: the module.
+        encoded: of it.
+        decoder: of the message.
+        child_of: returns a module of the code under test, which has a handle.
+    """
+    # Not by register_parameter: it would ask the module for the name first, and a mirror asks the other process.
+    module._parameters.update({n: decoder(p) for n, p in encoded["parameters"].items()})
+    for name, (buffer, persistent) in encoded["buffers"].items():
+        module._buffers[name] = decoder(buffer)
+        if not persistent:
+            module._non_persistent_buffers_set.add(name)
+    for name, child in encoded["children"].items():
+        module._modules[name] = None if child is None else build(child, decoder, child_of)
+    module.__dict__.update({n: decoder(v) for n, v in encoded["values"].items() if n[:1] != "_"})
+    module.training = bool(encoded["training"])
+
+
+def build(encoded: _Tree, decoder: Decoder, child_of: Callable[[_Tree, Decoder], nn.Module]) -> nn.Module:
+    """Return a module of torch with the parameters that `tree` encoded; see `fill`."""
+    if encoded["handle"] is not None:
+        return child_of(encoded, decoder)
+    cls = decoder(encoded["class"])
+    if not issubclass(cls, nn.Module):
+        raise ValueError(f"{cls} is no module")
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    fill(module, encoded, decoder, child_of)
+    return module
+
+
 def _is_plain(value: Any) -> bool:
     return type(value) in _PLAIN and (type(value) is not tuple or all(_is_plain(v) for v in value))
 

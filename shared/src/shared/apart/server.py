@@ -6,7 +6,7 @@ It knows nothing of the tests but what they pass it.
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from shared.apart import modules
+from shared.apart.gradients import attach, gradients
 from shared.apart.wire import CannotCross, Channel, Decoder, Encoder, Ended
 from shared.code_under_test import CannotImport, CodeUnderTest, explain
 from shared.forbid import Forbidden
@@ -122,24 +123,14 @@ class Server:
 
     def _op_backward(self, message: _Message, tensors: list[torch.Tensor]) -> Any:
         outputs, inputs = self._graphs[message["graph"]]
-        decoder = Decoder(tensors, self._decode_other)
-        gradients = [decoder(g) for g in message["gradients"]]
-        wanted = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-        with torch.enable_grad():
-            found = torch.autograd.grad(
-                [o for o, _ in wanted],
-                inputs,
-                [g for _, g in wanted],
-                allow_unused=True,
-                retain_graph=True,
-            )
-        encoder = Encoder(self._encode_other)
-        return {"ok": [encoder(g.detach() if g is not None else None) for g in found]}, encoder
+        decoder, encoder = Decoder(tensors, self._decode_other), Encoder(self._encode_other)
+        given = [decoder(g) for g in message["gradients"]]
+        return {"ok": gradients(outputs, inputs, given, encoder)}, encoder
 
     # --- running the code ---------------------------------------------------------------------------
 
     def _run(self, message: _Message, tensors: list[torch.Tensor], function: Callable[..., Any]) -> Any:
-        decoder = Decoder(tensors, self._decode_other)
+        decoder = self._decoder(tensors)
         arguments = [decoder(a) for a in message["args"]]
         named = {name: decoder(a) for name, a in message["kwargs"].items()}
         for handle, state in message.get("modules", {}).items():
@@ -208,6 +199,8 @@ class Server:
         if isinstance(value, type):
             described["kind"] = "module class" if issubclass(value, torch.nn.Module) else "class"
             described["name"] = value.__name__
+            ours = [b for b in value.__bases__ if b.__module__ in self._code.lab.module_names]
+            described["bases"] = [self._encode_other(b) for b in ours]
         elif isinstance(value, torch.nn.Module):
             described["kind"] = "module"
             described["class"] = self._encode_other(type(value))
@@ -232,9 +225,16 @@ class Server:
                 return self._objects[encoded["handle"]]
             case "callback":
                 return _Callback(self, encoded["id"])
-            case "torch module":
-                raise ValueError("a module made by the tests cannot cross")
         raise ValueError(f"{encoded['k']} is no kind of value")
+
+    def _decoder(self, tensors: list[torch.Tensor], known: list[Any] | None = None) -> Decoder:
+        def other(encoded: _Message) -> Any:
+            if encoded["k"] == "torch module":
+                return modules.build(encoded["v"], decoder, lambda tree, _: self._objects[tree["handle"]])
+            return self._decode_other(encoded)
+
+        decoder = Decoder(tensors, other, known)
+        return decoder
 
     def call_back(self, number: int, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call a function that the tests passed."""
@@ -255,7 +255,28 @@ class Server:
                 continue
             if "error" in message:
                 raise RuntimeError(message["error"])
-            return Decoder(tensors, self._decode_other, encoder.mutable)(message["ok"])
+            decoder = Decoder(tensors, self._decode_other, encoder.mutable)
+            result = decoder(message["ok"])
+            if (graph := message.get("graph")) is None or not torch.is_grad_enabled():
+                return result
+            outputs = [t for _, t in sorted(decoder.with_grad.items())]
+            attached = attach(lambda given: self._callback_backward(graph, given), outputs, encoder.outputs)
+            again = Decoder(tensors, self._decode_other, encoder.mutable)
+            again.attached = dict(zip(sorted(decoder.with_grad), attached, strict=True))
+            return again(message["ok"])
+
+    def _callback_backward(
+        self, graph: int, given: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        encoder = Encoder(self._encode_other)
+        self._channel.send(
+            {"callback_backward": graph, "gradients": [encoder(g) for g in given]}, encoder.tensors
+        )
+        message, tensors = self._channel.receive()
+        if "error" in message:
+            raise RuntimeError(message["error"])
+        decoder = Decoder(tensors, self._decode_other)
+        return [decoder(g) for g in message["ok"]]
 
     def _error(self, error: BaseException) -> _Message:
         kind = next(
@@ -348,7 +369,8 @@ def _same(before: Any, now: Any) -> bool:
             return False
         return bool(((before == now) | ((before != before) & (now != now))).all())
     if isinstance(before, np.ndarray):
-        return before.shape == now.shape and before.dtype == now.dtype and before.tobytes() == now.tobytes()
+        same = before.shape == now.shape and before.dtype == now.dtype
+        return same and before.tobytes() == now.tobytes()
     return bool(before == now)
 
 

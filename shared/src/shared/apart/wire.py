@@ -5,6 +5,7 @@ tensors that the JSON refers to by number. Only values of exactly the classes na
 redefine `==`, becomes a handle or is refused.
 """
 
+import collections
 import importlib
 import json
 import socket
@@ -125,6 +126,9 @@ class Encoder:
             return {"k": "dict", "v": [[self(k), self(v)] for k, v in value.items()]}
         if cls is tuple or cls is set or cls is frozenset:
             return {"k": cls.__name__, "v": [self(v) for v in value]}
+        if cls is collections.OrderedDict:
+            self._remember(value)
+            return {"k": "ordered", "v": [[self(k), self(v)] for k, v in value.items()]}
         if cls is torch.Size:
             return {"k": "size", "v": list(value)}
         if cls is bytes:
@@ -179,6 +183,7 @@ class Encoder:
                 "complex": bool(complex_as),
                 "device": str(plain.device),
                 "grad": output,
+                "made_by": type(tensor.grad_fn).__name__ if tensor.grad_fn is not None else None,
             }
 
     def _array(self, array: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -216,6 +221,7 @@ class Decoder:
     ) -> None:
         self.mutable: list[Any] = []
         self.with_grad: dict[int, torch.Tensor] = {}
+        self.made_by = ""  # name of the first output's grad_fn on the other side
         self.attached: dict[int, torch.Tensor] = {}  # taken in place of those
         self._tensors = tensors
         self._other = other
@@ -244,6 +250,7 @@ class Decoder:
                     tensor.requires_grad_()
                 if encoded["grad"] is not None:
                     self.with_grad[encoded["grad"]] = tensor
+                    self.made_by = self.made_by or str(encoded["made_by"] or "")
                 self.mutable.append(tensor)
                 return tensor
             case "array":
@@ -257,8 +264,8 @@ class Decoder:
                 self.mutable.append(items)
                 items.extend(self(v) for v in value or ())
                 return items
-            case "dict":
-                table: dict[Any, Any] = {}
+            case "dict" | "ordered" as kind:
+                table: dict[Any, Any] = {} if kind == "dict" else collections.OrderedDict()
                 self.mutable.append(table)
                 table.update({self(k): self(v) for k, v in value or ()})
                 return table
@@ -266,6 +273,8 @@ class Decoder:
                 return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](
                     self(v) for v in value or ()
                 )
+            case "iterator":
+                return iter([self(v) for v in value or ()])
             case "size":
                 return torch.Size(value or ())
             case "bytes":
@@ -306,7 +315,8 @@ class Decoder:
             content = torch.view_as_complex(content)
         if encoded["stride"] is not None:
             content = _strided(content, encoded["stride"])
-        return content.to(encoded["device"])
+        tensor: torch.Tensor = content.to(encoded["device"])
+        return tensor
 
     def _array(self, encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
         content = self._tensors[encoded["i"]]
@@ -318,7 +328,8 @@ class Decoder:
         array = array.reshape(encoded["shape"]) if list(array.shape) != encoded["shape"] else array
         if encoded["readonly"]:
             array.flags.writeable = False
-        return array
+        result: np.ndarray[Any, Any] = array
+        return result
 
 
 def _strided(content: torch.Tensor, stride: list[int]) -> torch.Tensor:
