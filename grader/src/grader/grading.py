@@ -160,7 +160,7 @@ def grade_lab(
             "`make images` builds a new one",
         )
     return report.model_copy(
-        update={"suspicious": suspicious(code), "trust": trust, "same_user": started.get("same_user", "")}
+        update={"suspicious": suspicious(code), "trust": trust, "trust_gaps": tuple(started.get("gaps", ()))}
     )
 
 

@@ -123,7 +123,7 @@ class LabReport(_Frozen):
         output: the end of what the run printed outside of tests.
         output_cut: whether `output` is only the end.
         trust: how far `status` can be trusted.
-        same_user: with strict trust, why the code under test had no user of its own; empty if it had one.
+        trust_gaps: with strict trust, what separated the code under test less than it could here, a sentence each.
         tampering: what the code under test did to the grading, a sentence each. With any of them no lab is
             verified.
         suspicious: what in its source is worth a look, a sentence each. A hint only: it decides nothing.
@@ -143,7 +143,7 @@ class LabReport(_Frozen):
     output: str = ""
     output_cut: bool = False
     trust: Trust = Trust.SAME_PROCESS
-    same_user: str = ""
+    trust_gaps: tuple[str, ...] = ()
     tampering: tuple[str, ...] = ()
     suspicious: tuple[str, ...] = ()
     slow_left_out: int = 0

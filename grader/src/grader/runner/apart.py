@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from grader.runner import audit, reaper
+from grader.runner import audit, landlock, reaper
 from grader.runner.integrity import Snapshot
 from grader.runner.protocol import Job
 
@@ -53,6 +53,16 @@ def why_same_user() -> str | None:
             if not folder.stat().st_mode & stat.S_IXOTH:
                 return f"other users cannot enter {folder}, where the libraries are"
     return None
+
+
+def gaps() -> list[str]:
+    """Return what separates the two processes less than it could here, a sentence each."""
+    found = []
+    if reason := why_same_user():
+        found.append(f"the code ran as the same user as the tests: {reason}")
+    if not landlock.version():
+        found.append("the code could read what its user may read: this kernel has no Landlock")
+    return found
 
 
 def base() -> Path:
@@ -109,6 +119,8 @@ def _become(
         _give_up_rights(user)
         reaper.die_with_parent()  # changing the user undoes it
         _settle(job, work)
+        if landlock.version():
+            landlock.restrict(_readable(), [work, Path("/dev/null"), Path("/dev/shm")])
         _serve(job, work, snapshot)
     except BaseException:
         import traceback
@@ -118,6 +130,19 @@ def _become(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _readable() -> list[Path]:
+    """What the libraries need: the interpreter and its packages, and what the system says about itself."""
+    import grader
+    import shared
+
+    system = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/proc/self",
+              "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/filesystems", "/sys/devices/system",
+              "/sys/fs/cgroup", "/dev/zero", "/dev/random", "/dev/urandom"]  # fmt: skip
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    own = [Path(module.__file__ or "").parent for module in (shared, grader)]
+    return [Path(p) for p in (sys.prefix, sys.base_prefix, *packages, *system)] + own
 
 
 def _settle(job: Job, work: Path) -> None:

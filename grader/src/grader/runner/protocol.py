@@ -9,7 +9,7 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | event | keys | from |
 |---|---|---|
 | `ready` | `pid`, `machine` | runner, once |
-| `started` | `job`, `trust`, `same_user` | runner |
+| `started` | `job`, `trust`, `gaps` | runner |
 | `collected` | `tests`: [{`name`, `slow`}] | child |
 | `collect_error` | `file`, `message`, `code_under_test` | child |
 | `test_started` | `test` | child |
@@ -19,7 +19,7 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | `busy` | `clients` | listener, instead of all others |
 | `finished` | `job`, `end`, `code`, `seconds`, `peak_memory_bytes`, `output`, `output_cut`, `dropped` | runner |
 
-`same_user` says of a strict job why the code under test has no user of its own, empty if it has.
+`gaps` says of a strict job what separates the code under test less than it could: no user of its own, no Landlock.
 
 `end` is `exited`, `signalled`, `timeout`, `processes` (too many of them), `flood` (too many events) or
 `cancelled`. Standard output and error of the child never mix with events: they come back as `output`,

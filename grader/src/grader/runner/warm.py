@@ -67,8 +67,8 @@ class WarmParent:
             strict = job.trust == "strict"
             if strict:
                 import_all(("shared.apart.client", "shared.apart.server"))
-            note = (apart.why_same_user() or "") if strict else ""
-            self._send(event="started", job=job.id, trust=job.trust, same_user=note)
+            gaps = apart.gaps() if strict else []
+            self._send(event="started", job=job.id, trust=job.trust, gaps=gaps)
             self._run(job, tars)
 
     def _send(self, **event: object) -> None:

@@ -369,7 +369,7 @@ def _same(before: Any, now: Any) -> bool:
             return False
         return bool(((before == now) | ((before != before) & (now != now))).all())
     if isinstance(before, np.ndarray):
-        same = before.shape == now.shape and before.dtype == now.dtype
+        same: bool = before.shape == now.shape and before.dtype == now.dtype
         return same and before.tobytes() == now.tobytes()
     return bool(before == now)
 
