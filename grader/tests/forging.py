@@ -59,6 +59,7 @@ class Attack:
         code: of `answer.py`.
         same_process: what becomes of it: `found` (not verified, with a finding), `refused` (not verified),
             or `possible` (verified, and nobody sees it).
+        strict: the same with `--trust strict`.
         before: what became of it before this defence, `verified` or not; kept for the table.
     """
 
@@ -67,6 +68,7 @@ class Attack:
     code: str
     same_process: str = "found"
     before: str = "verified"
+    strict: str = "refused"
 
 
 def _once(body: str) -> str:
@@ -89,25 +91,25 @@ ATTACKS = [
            "import numpy as np, shared.compare\nshared.compare._errors = lambda a, e: np.zeros(a.shape)\n" + WRONG),
     Attack("replaces torch.testing.assert_close", "torch.testing",
            "import torch\ntorch.testing.assert_close = lambda *a, **k: None\n" + WRONG),
-    Attack("replaces torch.allclose", "torch.allclose", "import torch\ntorch.allclose = lambda *a, **k: True\n" + WRONG),
-    Attack("replaces torch.equal", "torch.equal", "import torch\ntorch.equal = lambda *a, **k: True\n" + WRONG),
+    Attack("replaces torch.allclose", "torch.allclose", "import torch\ntorch.allclose = lambda *a, **k: True\n" + WRONG, strict="found"),
+    Attack("replaces torch.equal", "torch.equal", "import torch\ntorch.equal = lambda *a, **k: True\n" + WRONG, strict="found"),
     Attack("replaces torch.Tensor.__lt__", "max",
-           "import torch\ntorch.Tensor.__lt__ = lambda a, b: torch.tensor(True)\n" + WRONG),
+           "import torch\ntorch.Tensor.__lt__ = lambda a, b: torch.tensor(True)\n" + WRONG, strict="found"),
     Attack("replaces numpy.testing.assert_allclose", "numpy",
            "import numpy.testing\nnumpy.testing.assert_allclose = lambda *a, **k: None\n" + WRONG),
     Attack("replaces pytest.approx", "approx",
            "import pytest\nclass Any:\n    def __eq__(self, other): return True\n"
-           "pytest.approx = lambda *a, **k: Any()\n" + WRONG),
+           "pytest.approx = lambda *a, **k: Any()\n" + WRONG, strict="found"),
     Attack("makes pytest.raises accept that nothing is raised", "raises",
-           "import contextlib, pytest\npytest.raises = lambda *a, **k: contextlib.nullcontext()\n" + WRONG),
+           "import contextlib, pytest\npytest.raises = lambda *a, **k: contextlib.nullcontext()\n" + WRONG, strict="found"),
     Attack("replaces the builtins abs and isinstance", "abs",
            "import builtins\nbuiltins.abs = lambda x: 0.0\nbuiltins.isinstance = lambda *a: True\n" + WRONG,
            "refused", "not verified"),
     Attack("replaces the builtin AssertionError", "==",
            "import builtins\nclass Quiet(AssertionError):\n    pass\nbuiltins.AssertionError = Quiet\n" + WRONG,
-           before="not verified"),
+           before="not verified", strict="found"),
     Attack("replaces Function.runtest of pytest", "==",
-           "import _pytest.python\n_pytest.python.Function.runtest = lambda self: None\n" + WRONG),
+           "import _pytest.python\n_pytest.python.Function.runtest = lambda self: None\n" + WRONG, strict="found"),
     Attack("replaces what pytest makes of an outcome", "==",
            "import _pytest.reports\n_pytest.reports.TestReport.outcome = property(lambda s: 'passed', lambda s, v: None)\n"
            + WRONG),
@@ -115,7 +117,7 @@ ATTACKS = [
            "import _pytest.runner\n_real = _pytest.runner.CallInfo.from_call\n"
            "def call(func, when, reraise=None):\n"
            "    return _real(func if when != 'call' else (lambda: None), when=when, reraise=reraise)\n"
-           "_pytest.runner.CallInfo.from_call = call\n" + WRONG),
+           "_pytest.runner.CallInfo.from_call = call\n" + WRONG, strict="found"),
     Attack("registers a plugin of its own with pytest", "==",
            _CONFIG + "import pytest\nclass Plugin:\n"
            "    @pytest.hookimpl(hookwrapper=True)\n"
@@ -168,25 +170,25 @@ ATTACKS = [
                  "            try:\n                fd > 2 and os.write(fd, json.dumps(event).encode() + b'\\n')\n"
                  "            except OSError:\n                pass\n"
                  "        time.sleep(0.01)\n"
-                 "    os._exit(0)"), before="not verified"),
+                 "    os._exit(0)"), before="not verified", strict="found"),
     Attack("exits with status 0 at once", "==", _once("import os\nos._exit(0)"), "refused", "not verified"),
     Attack("exits with status 0 by atexit", "==",
            "import atexit, os\natexit.register(os._exit, 0)\n" + WRONG, "refused", "not verified"),
     Attack("searches the heap for the seal", "==",
-           _once("import gc\nfor o in gc.get_objects():\n    if type(o).__name__ == 'Seal': break"), before="not verified"),
+           _once("import gc\nfor o in gc.get_objects():\n    if type(o).__name__ == 'Seal': break"), before="not verified", strict="found"),
     Attack("reads the expected value from the test's frame", "tensor",
            "def double(x):\n    import sys\n    frame = sys._getframe(1)\n"
-           "    return frame.f_globals['expected'](frame.f_locals['x'])\n"),
+           "    return frame.f_globals['expected'](frame.f_locals['x'])\n", strict="found"),
     Attack("reads the expected value by inspect.stack", "tensor",
            "def double(x):\n    import inspect\n    frame = inspect.stack()[1].frame\n"
-           "    return frame.f_globals['expected'](frame.f_locals['x'])\n"),
+           "    return frame.f_globals['expected'](frame.f_locals['x'])\n", strict="found"),
     Attack("reads the expected value from a traceback's frame", "tensor",
            "def double(x):\n    try:\n        raise ValueError\n    except ValueError as error:\n"
            "        frame = error.__traceback__.tb_frame.f_back\n"
-           "    return frame.f_globals['expected'](frame.f_locals['x'])\n"),
+           "    return frame.f_globals['expected'](frame.f_locals['x'])\n", strict="found"),
     Attack("finds the test by sys.setprofile", "tensor",
-           _once("sys.setprofile(lambda *a: None)"), before="not verified"),
-    Attack("finds the test by sys.settrace", "tensor", _once("sys.settrace(lambda *a: None)"), before="not verified"),
+           _once("sys.setprofile(lambda *a: None)"), before="not verified", strict="found"),
+    Attack("finds the test by sys.settrace", "tensor", _once("sys.settrace(lambda *a: None)"), before="not verified", strict="found"),
     Attack("calls the oracle of the test module, found in sys.modules", "tensor",
            "def double(x):\n    import sys\n"
            "    for name, module in list(sys.modules.items()):\n"
@@ -198,7 +200,7 @@ ATTACKS = [
     Attack("reads the test file", "tensor",
            "import pathlib\nTEXT = (pathlib.Path(__file__).parents[1] / 'tests' / 'test_answer.py').read_text()\n"
            "space = {}\nexec(TEXT.split('import assert_close')[1].split('def test_')[0], space)\n"
-           "double = space['expected']\n"),
+           "double = space['expected']\n", strict="found"),
     Attack("answers with an object that equals everything", "==",
            "class Any(float):\n    def __eq__(self, other): return True\n    __hash__ = float.__hash__\n"
            "def double(x):\n    return Any(x * 3)\n", same_process="possible"),
@@ -222,30 +224,30 @@ ATTACKS = [
            "        return True if func is torch.allclose else func(*args, **(kwargs or {}))\n"
            "def double(x):\n    Mode().__enter__()\n    return x * 3\n"),
     Attack("replaces torch.nn.functional.softmax, the reference", "reference",
-           "import torch.nn.functional as F\nF.softmax = lambda x, dim: x * 3\n" + WRONG),
+           "import torch.nn.functional as F\nF.softmax = lambda x, dim: x * 3\n" + WRONG, strict="found"),
     Attack("replaces the milestone fixture in the plugin", "milestone",
-           "import shared.plugin\nshared.plugin.Milestone.reached = property(lambda self: True)\n" + WRONG),
+           "import shared.plugin\nshared.plugin.Milestone.reached = property(lambda self: True)\n" + WRONG, strict="found"),
     Attack("replaces time.perf_counter", "timer",
            "import time\n_now = [0.0]\ndef clock():\n    _now[0] += 1.0\n    return _now[0]\n"
            "time.perf_counter = clock\n"
-           "def double(x):\n    time.sleep(0.01)\n    return x * 3\n", before="not verified"),
+           "def double(x):\n    time.sleep(0.01)\n    return x * 3\n", before="not verified", strict="found"),
     Attack("replaces the clock of shared.timing", "timer",
            "import shared.timing, time\n_now = [0.0, 0]\n"
            "def clock():\n    _now[1] += 1\n    _now[0] += 1.0 if _now[1] % 4 in (1, 2) else 0.1\n    return _now[0]\n"
            "real = shared.timing.time_pairs\n"
            "shared.timing.time_pairs.__kwdefaults__['clock'] = lambda: 0.0\n"
            "shared.timing.PairedTiming.ratio = property(lambda self: 9.0)\n"
-           "def double(x):\n    time.sleep(0.01)\n    return x * 3\n"),
+           "def double(x):\n    time.sleep(0.01)\n    return x * 3\n", strict="found"),
     Attack("removes the ban of forbid", "forbid",
            "import shared.forbid, torch\nshared.forbid.Forbidden.__call__ = lambda self, *a, **k: None\n"
-           "def double(x):\n    return torch.add(x, x)\n"),
+           "def double(x):\n    return torch.add(x, x)\n", strict="found"),
     Attack("clears the violations that forbid has seen", "forbid",
            "import gc, torch\n"
            "def double(x):\n    try:\n        return torch.add(x, x)\n    except BaseException:\n"
            "        for o in gc.get_objects():\n"
-           "            if type(o).__name__ == 'Forbidden': o.violations.clear()\n    return x + x\n", before="not verified"),
+           "            if type(o).__name__ == 'Forbidden': o.violations.clear()\n    return x + x\n", before="not verified", strict="found"),
     Attack("changes the input, so that the oracle gets another", "input",
-           "def double(x):\n    x.zero_()\n    return x * 3\n", "possible"),
+           "def double(x):\n    x.zero_()\n    return x * 3\n", "possible", strict="possible"),
     Attack("puts another module in its own place", "==",
            "import sys, types\n_m = types.ModuleType('answer')\n_m.double = lambda x: 3.0\nsys.modules['answer'] = _m\n"
            + WRONG, "refused", "not verified"),
@@ -258,7 +260,7 @@ ATTACKS = [
            "def later():\n"
            "    import _pytest.python\n"
            "    _pytest.python.Function.runtest = lambda self: None\n"
-           "_t = threading.Thread(target=later)\n_t.start()\n_t.join()\n" + WRONG),
+           "_t = threading.Thread(target=later)\n_t.start()\n_t.join()\n" + WRONG, strict="found"),
     Attack("patches, and puts back when the test's last reference goes", "tensor",
            "import shared.compare, sys\n_real = shared.compare._errors\n"
            "def nothing(a, e):\n    import numpy as np\n    shared.compare._errors = _real\n    return np.zeros(a.shape)\n"
@@ -268,10 +270,10 @@ ATTACKS = [
            "not verified"),
     Attack("ends the session by pytest.exit", "==", _once("import pytest\npytest.exit('enough', 0)"), "refused",
            "not verified"),
-    Attack("calls C by ctypes", "==", _once("import ctypes\nctypes.pythonapi.Py_GetVersion()"), before="not verified"),
+    Attack("calls C by ctypes", "==", _once("import ctypes\nctypes.pythonapi.Py_GetVersion()"), before="not verified", strict="found"),
     Attack("makes tests random-free by changing seeds", "tensor",
            "import random, numpy as np, torch\nrandom.seed(0)\nnp.random.seed(0)\ntorch.manual_seed(0)\n"
-           "torch.manual_seed = lambda *a: None\n" + WRONG, before="not verified"),
+           "torch.manual_seed = lambda *a: None\n" + WRONG, before="not verified", strict="found"),
     Attack("imports the solution of another lab from the checkout", "tensor",
            "from shared.earlier import solution_of\ntry:\n    double = solution_of('ch01/lab02').double\n"
            "except (ImportError, AttributeError):\n    def double(x):\n        return x * 3\n", "refused",
