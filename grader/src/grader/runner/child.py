@@ -55,6 +55,9 @@ class Reporter:
         def send(**event: Any) -> None:
             if getpid() != pid:
                 return
+            if event["event"] not in ("test", "session_finished"):  # no other speaks for the code
+                put(event)
+                return
             frame = getframe(1)
             while frame is not None:
                 if owner.owns(frame) or frame.f_code.co_filename.startswith(prefix):
@@ -77,6 +80,8 @@ class EventsPlugin:
         source_files = [file.read_text(encoding="utf-8", errors="replace") for file in tests.rglob("*.py")]
         source = "".join(source_files)
         hooks: dict[str, Any] = {}
+        functions: list[Any] = []
+        hooked = integrity.hooked
         configs: list[pytest.Config] = []
         modes, hooks_of, passed_wrongly = integrity.modes_left_on, integrity.hooks, controls.passed_wrongly
 
@@ -89,6 +94,7 @@ class EventsPlugin:
                 if module.__name__ == "conftest" or module.__name__.endswith(".conftest"):
                     snapshot.add(module)
             hooks.update(hooks_of(session.config))
+            functions.extend(hooked(session.config))
 
         def collected(session: pytest.Session) -> None:
             for item in session.items:
@@ -110,10 +116,11 @@ class EventsPlugin:
             everything = everything or begun - last[0] > LOOK_SHARE * last[1]
             for name in snapshot.changes(everything=everything):
                 found(f"changed {name}")
-            now = hooks_of(configs[0])
-            for name in now.keys() | hooks.keys():
-                if now.get(name) != hooks.get(name):
-                    found(f"changed what pytest calls at {name}")
+            if hooked(configs[0]) != functions:
+                now = hooks_of(configs[0])
+                for name in now.keys() | hooks.keys():
+                    if now.get(name) != hooks.get(name):
+                        found(f"changed what pytest calls at {name}")
             for name in modes():
                 found(f"left {name} switched on")
             if everything:

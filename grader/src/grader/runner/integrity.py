@@ -211,6 +211,16 @@ def hooks(config: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
+def hooked(config: Any) -> list[Callable[..., Any]]:
+    """Return the functions of `hooks` alone, which is quicker."""
+    return [
+        implementation.function
+        for caller in vars(config.hook).values()
+        if hasattr(caller, "get_hookimpls")
+        for implementation in caller.get_hookimpls()
+    ]
+
+
 def modes_left_on() -> list[str]:
     """Return the torch modes that are switched on now; a default device is none that answers for others."""
     if "torch" not in sys.modules:
