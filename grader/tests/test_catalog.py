@@ -418,7 +418,7 @@ def test_unknown_target_says_what_is_close_and_what_is_valid(
             "minuts = 90",
             "lab02_heads.minutes: missing; allowed: a whole number from 5 to 600\n"
             f"{FILE}: lab02_heads.minuts: found a key of no meaning; did you mean minutes?; allowed: folder, title, "
-            "summary, minutes, files, planned, stack, also, preload, uses, data, timeout, memory_gb",
+            "summary, minutes, files, planned, stack, also, preload, uses, data, strict, timeout, memory_gb",
         ),
         (
             'phase = "foundation"',

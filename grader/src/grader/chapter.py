@@ -91,6 +91,7 @@ class Lab(_Table):
         preload: modules the grading process imports before it forks.
         uses: ids of earlier labs whose solutions the tests may import.
         data: texts that its tests marked slow train on; a sandbox without network is handed them.
+        strict: whether its code can run in another process than its tests (`topeka grade --trust strict`).
         timeout: seconds one grading may take.
         memory_gb: GiB of memory one grading may use.
     """
@@ -109,6 +110,7 @@ class Lab(_Table):
     preload: tuple[Module, ...] = _list("a list of module names", default=("torch",))
     uses: tuple[LabId, ...] = _list("a list of ids of earlier labs, such as ch03/lab03", default=())
     data: tuple[Literal["tiny_shakespeare"], ...] = _list('a list of "tiny_shakespeare"', default=())
+    strict: bool = Field(default=False, description="true or false")
     timeout: float = Field(default=300.0, gt=0, le=7200, description="seconds, above 0, at most 7200")
     memory_gb: float = Field(default=4.0, gt=0, le=1024, description="GiB, above 0, at most 1024")
 

@@ -50,6 +50,13 @@ class SandboxName(StrEnum):
     DOCKER = "docker"
 
 
+class TrustName(StrEnum):
+    """Whether the code under test shares a process with its tests."""
+
+    SAME_PROCESS = "same_process"
+    STRICT = "strict"
+
+
 class StackName(StrEnum):
     """The environment a grading must run in."""
 
@@ -260,9 +267,19 @@ def grade(
     slow: Annotated[
         bool, typer.Option("--slow", help="also run tests marked slow (full training runs)")
     ] = False,
+    trust: Annotated[
+        TrustName,
+        typer.Option(
+            envvar="TOPEKA_TRUST",
+            help="strict: the code runs in a process of its own, without tests or results in reach; "
+            "for labs that support it",
+        ),
+    ] = TrustName.SAME_PROCESS,
 ) -> None:
     """Run the tests of TARGETs and report. Exit 0: all verified; 1: not; 2: wrong usage; 3: could not run."""
     from grader.grading import grade as grade_labs
+    from grader.grading import no_strict
+    from grader.report import Trust
     from grader.submission import code_folder, read_code
 
     catalog = _catalog()
@@ -273,6 +290,8 @@ def grade(
         if not labs:
             raise TopekaError(note)
         print(note, file=sys.stderr)
+    if trust is TrustName.STRICT and len(labs) == 1 and not labs[0].strict:
+        raise UsageError(no_strict(labs[0]))
     for lab in labs:  # a wrong --code is said before anything starts
         read_code(lab, code_folder(lab, code))
     where, here = _sandbox(sandbox, stack, labs)
@@ -285,6 +304,7 @@ def grade(
                 code=code,
                 stack=here,
                 slow=slow,
+                trust=Trust(trust.value),
                 timeout_s=timeout,
                 cache=_cache(catalog),
                 on_event=progress.event,

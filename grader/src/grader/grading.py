@@ -11,10 +11,11 @@ from shared.data import TINY_SHAKESPEARE_FILE, DataUnavailable, tiny_shakespeare
 from grader import diagnosis, misconceptions
 from grader.catalog import Catalog, Lab
 from grader.expected import ExpectedTest, expected_tests
-from grader.report import LabReport, MilestoneResult, Outcome, Report, Status, TestResult
+from grader.report import LabReport, MilestoneResult, Outcome, Report, Status, TestResult, Trust
 from grader.runner.protocol import Event, Job, Limits
 from grader.sandbox import Sandbox, SandboxFailed
 from grader.submission import SubmissionError, code_folder, pack, read_code
+from grader.suspicion import suspicious
 
 # Called with the lab and each event while it runs, for live progress.
 OnEvent = Callable[[Lab, Event], None]
@@ -30,6 +31,7 @@ def grade(
     code: str = "src",
     stack: str = "cpu",
     slow: bool = False,
+    trust: Trust = Trust.SAME_PROCESS,
     timeout_s: float | None = None,
     cache: Path | None = None,
     on_event: OnEvent | None = None,
@@ -44,6 +46,7 @@ def grade(
         code: `src`, `solutions` or a folder.
         stack: of the environment the sandbox runs in.
         slow: whether tests marked slow run too.
+        trust: whether code and tests share a process.
         timeout_s: for each lab, instead of the lab's own.
         cache: folder for expected test sets.
         on_event: called with every event.
@@ -61,6 +64,7 @@ def grade(
             sandbox,
             read_code(lab, code_folder(lab, code)),
             slow=slow,
+            trust=trust,
             timeout_s=timeout_s,
             cache=cache,
             on_event=on_event,
@@ -88,6 +92,7 @@ def grade_lab(
     *,
     slow: bool = False,
     seed: int = 0,
+    trust: Trust = Trust.SAME_PROCESS,
     only: Callable[[str], bool] | None = None,
     timeout_s: float | None = None,
     cache: Path | None = None,
@@ -102,6 +107,7 @@ def grade_lab(
         code: source files by name.
         slow: whether tests marked slow run too.
         seed: shifts the tests' random inputs.
+        trust: whether code and tests share a process. `strict` needs a lab that supports it.
         only: says of a test's name whether it is to run; the report then holds no others.
         timeout_s: instead of the lab's own.
         cache: folder for expected test sets.
@@ -110,6 +116,10 @@ def grade_lab(
     if lab.planned:
         return LabReport(
             lab=lab.id, title=lab.title, status=Status.ERROR, reason="this lab is planned and not yet written"
+        )
+    if trust is Trust.STRICT and not lab.strict:
+        return LabReport(
+            lab=lab.id, title=lab.title, status=Status.NOT_VERIFIED_HERE, reason=no_strict(lab), trust=trust
         )
     try:
         expected = expected_tests(catalog, lab, lambda: sandbox, cache)
@@ -124,6 +134,7 @@ def grade_lab(
         preload=lab.preload,
         slow=slow,
         seed=seed,
+        trust=trust.value,
         tests=tuple(t.name for t in expected) if only else (),
         limits=Limits(
             timeout_s=timeout_s or lab.timeout,
@@ -138,7 +149,27 @@ def grade_lab(
                 on_event(lab, event)
     except SandboxFailed as error:
         return LabReport(lab=lab.id, title=lab.title, status=Status.ERROR, reason=str(error))
-    return _fold(lab, expected, events, job.limits, left_out)
+    report = _fold(lab, expected, events, job.limits, left_out)
+    started = next((e for e in events if e["event"] == "started"), {})
+    if trust is Trust.STRICT and started.get("trust") != trust.value:  # such as an image from before
+        return LabReport(
+            lab=lab.id,
+            title=lab.title,
+            status=Status.ERROR,
+            reason="the sandbox does not know --trust strict: its image is older than this grader; "
+            "`make images` builds a new one",
+        )
+    return report.model_copy(
+        update={"suspicious": suspicious(code), "trust": trust, "trust_gaps": tuple(started.get("gaps", ()))}
+    )
+
+
+def no_strict(lab: Lab) -> str:
+    """Say that a lab cannot be graded with strict trust, and what to do."""
+    return (
+        f"{lab.id} does not support --trust strict: its tests need the code under test in their own process. "
+        "Grade it without"
+    )
 
 
 def _fold(
@@ -152,6 +183,7 @@ def _fold(
     milestones: list[MilestoneResult] = []
     collect_errors: list[Event] = []
     repeated: set[str] = set()
+    tampering: dict[str, None] = {}
     running: str | None = None
     session_finished = False
     finished: Event = {}
@@ -169,6 +201,8 @@ def _fold(
                 collect_errors.append(event)
             case "session_finished":
                 session_finished = True
+            case "tampering":
+                tampering[f"the code under test {event['what']}"] = None
             case "finished":
                 finished = event
     names = [t.name for t in expected]
@@ -177,8 +211,10 @@ def _fold(
     status, reason = _status(
         tests, strangers, repeated, collect_errors, running, session_finished, finished, limits
     )
+    if tampering and status is not Status.TIMEOUT and status is not Status.ERROR:
+        status, reason = Status.FAILED, "; ".join(list(tampering)[:3])
     found = None
-    if status is Status.FAILED:
+    if status is Status.FAILED and not tampering:
         hints = {m.name: m.hint for m in misconceptions.load(lab).misconception}
         found = diagnosis.diagnose(tests, diagnosis.read_signatures(lab), hints)
     return LabReport(
@@ -193,6 +229,7 @@ def _fold(
         peak_memory_bytes=finished["peak_memory_bytes"],
         output=finished["output"] if status is not Status.VERIFIED else "",
         output_cut=finished["output_cut"],
+        tampering=tuple(tampering),
         slow_left_out=slow_left_out,
     )
 

@@ -26,6 +26,18 @@ class Status(StrEnum):
     TIMEOUT = "timeout"
 
 
+class Trust(StrEnum):
+    """How far a report can be trusted against code that means to deceive.
+
+    `same_process`: tests and code under test share a process. The runner looks for tampering and reports what it
+    finds, but cannot find everything. `strict`: the code ran in a process of its own, with nothing of the tests in
+    reach.
+    """
+
+    SAME_PROCESS = "same_process"
+    STRICT = "strict"
+
+
 class Outcome(StrEnum):
     """How one test came out."""
 
@@ -110,6 +122,11 @@ class LabReport(_Frozen):
         peak_memory_bytes: of the largest process.
         output: the end of what the run printed outside of tests.
         output_cut: whether `output` is only the end.
+        trust: how far `status` can be trusted.
+        trust_gaps: with strict trust, what separated the code under test less than it could here, a sentence each.
+        tampering: what the code under test did to the grading, a sentence each. With any of them no lab is
+            verified.
+        suspicious: what in its source is worth a look, a sentence each. A hint only: it decides nothing.
         slow_left_out: how many tests marked slow the lab has and this run did not ask for. They do not decide
             the status; a milestone may be among them.
     """
@@ -125,6 +142,10 @@ class LabReport(_Frozen):
     peak_memory_bytes: int | None = None
     output: str = ""
     output_cut: bool = False
+    trust: Trust = Trust.SAME_PROCESS
+    trust_gaps: tuple[str, ...] = ()
+    tampering: tuple[str, ...] = ()
+    suspicious: tuple[str, ...] = ()
     slow_left_out: int = 0
 
     @computed_field  # type: ignore[prop-decorator]

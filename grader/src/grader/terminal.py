@@ -139,6 +139,7 @@ def _where(report: Report) -> str:
     parts = [f"stack {report.stack}", f"sandbox {report.isolation.sandbox}"]
     if not report.isolation.isolated:
         parts.append("not isolated")
+    parts += sorted({f"trust {lab.trust.value.replace('_', ' ')}" for lab in report.labs})
     parts += [f"{name} {libraries[name]}" for name in ("torch", "numpy", "pytest") if name in libraries]
     parts += [gpu.name for gpu in report.machine.gpus]
     parts.append(f"{report.seconds:.1f} s")

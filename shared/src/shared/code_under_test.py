@@ -76,7 +76,13 @@ class _SourceLoader(importlib.machinery.SourceFileLoader):
 
 
 class CodeUnderTest(importlib.abc.MetaPathFinder):
-    """The files of one lab as importable modules, switched on and off as a whole."""
+    """The files of one lab as importable modules, switched on and off as a whole.
+
+    Attributes:
+        elsewhere: whether another process runs them.
+    """
+
+    elsewhere = False
 
     def __init__(self, lab: LabFolder, folder: Path) -> None:
         self.lab = lab

@@ -20,7 +20,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,13 +54,20 @@ class Forbidden:
     Args:
         code: whose calls count.
         tests: the test module, to see what it imports from the code under test.
+        taken: in place of `tests`, (module, name) of what it imports.
     """
 
-    def __init__(self, code: CodeUnderTest, tests: types.ModuleType | None = None) -> None:
+    def __init__(
+        self,
+        code: CodeUnderTest,
+        tests: types.ModuleType | None = None,
+        taken: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
         self._code = code
         self._tests_folder = str(code.lab.path / "tests") + os.sep
         modules = code.modules
-        taken = _taken_names(tests) if tests is not None else ()
+        if taken is None:
+            taken = taken_names(tests) if tests is not None else ()
         self._exports = {f: vars(modules[m]).get(f) for m, f in taken if m in modules}
         self._undo = contextlib.ExitStack()
         self._torch_calls: _TorchCalls | None = None
@@ -315,12 +322,17 @@ def _same_or_instance_of(target: Any) -> Callable[[Any], bool]:
     return lambda value: value is target or (inspect.isclass(target) and type(value) is target)
 
 
-@functools.lru_cache(maxsize=4)
-def _taken_names(tests: types.ModuleType) -> tuple[tuple[str, str], ...]:
+def taken_names(tests: types.ModuleType) -> tuple[tuple[str, str], ...]:
     """Return (module, name) for every `from module import name` and `module.name` in the tests' source."""
+    return names_taken_in(inspect.getsource(tests))
+
+
+@functools.lru_cache(maxsize=8)
+def names_taken_in(source: str) -> tuple[tuple[str, str], ...]:
+    """Return (module, name) for every `from module import name` and `module.name` in `source`."""
     names: dict[tuple[str, str], None] = {}
     aliases: dict[str, str] = {}
-    nodes = list(ast.walk(ast.parse(inspect.getsource(tests))))
+    nodes = list(ast.walk(ast.parse(source)))
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {(node.module, alias.name): None for alias in node.names}

@@ -24,12 +24,13 @@ from shared.course import LabFolder, find_lab
 from shared.timing import PairedTiming, time_pairs
 
 if TYPE_CHECKING:
+    from shared.apart.client import ForbiddenElsewhere
     from shared.forbid import Forbidden  # imports torch, which not every run needs
 
 NOT_VERIFIED_HERE = "not verified here"
 
 _LABS = pytest.StashKey[dict[Path, CodeUnderTest | None]]()
-_FORBIDDEN = pytest.StashKey["Forbidden"]()
+_FORBIDDEN = pytest.StashKey["Forbidden | ForbiddenElsewhere"]()
 
 # What a test says to pytest, and code under test must not say in its place.
 _VERDICTS = (pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception, unittest.SkipTest)
@@ -49,6 +50,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         help="shift every test's random inputs (default 0); results must not depend on it",
+    )
+
+    group.addoption(
+        "--code-socket",
+        type=int,
+        default=None,
+        help="descriptor of a socket to the process that runs the code under test (the grader sets it)",
     )
 
 
@@ -83,8 +91,16 @@ def _code_of(node: pytest.Item | pytest.Collector) -> CodeUnderTest | None:
             # One CodeUnderTest per lab, however many test folders it has.
             same = [c for c in known.values() if c is not None and c.lab.path == lab.path]
             where = locate_code(lab, node.config.getoption("--code"), node.config.invocation_params.dir)
-            known[folder] = same[0] if same else CodeUnderTest(lab, where)
+            known[folder] = same[0] if same else _code(lab, where, node.config.getoption("--code-socket"))
     return known[folder]
+
+
+def _code(lab: LabFolder, where: Path, descriptor: int | None) -> CodeUnderTest:
+    if descriptor is None:
+        return CodeUnderTest(lab, where)
+    from shared.apart.client import CodeElsewhere
+
+    return CodeElsewhere(lab, descriptor)
 
 
 def _lab_of(folder: Path) -> LabFolder | None:
@@ -250,19 +266,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     error = call.excinfo.value if call.excinfo else None
     code = _code_of(item)
     if error is not None and code is not None and report.failed:
-        report.not_written = _is_not_written(error, code)
+        report.not_written = is_not_written(error, code)
         report.brief = _brief(error, code)
         if isinstance(error, CannotImport):  # by an import inside a test or a fixture
             report.longrepr = report.brief
     return report
 
 
-def _is_not_written(error: BaseException, code: CodeUnderTest) -> bool:
+def is_not_written(error: BaseException, code: CodeUnderTest) -> bool:
     """Whether `error` is the skeleton's `raise NotImplementedError`.
 
     An error raised below by a function written in C, such as one of torch's, ends in the
     same frame; but there the instruction is a call.
     """
+    if getattr(error, "not_written", False) is True and code.elsewhere:
+        return True
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -273,10 +291,12 @@ def _is_not_written(error: BaseException, code: CodeUnderTest) -> bool:
 
 def _brief(error: BaseException, code: CodeUnderTest) -> str:
     """The failure in a few lines, without the frames of pytest, the tests or the libraries."""
-    if _is_not_written(error, code):
+    if is_not_written(error, code):
         return f"not written yet: {_words(error)}"
     if isinstance(error, CannotImport):
         return _words(error)
+    if code.elsewhere and isinstance(explained := getattr(error, "explained", None), str):
+        return explained
     if isinstance(error, pytest.fail.Exception):
         return _words(error) or "the test failed"
     if isinstance(error, AssertionError) and not _ends_in(error, code):
@@ -363,13 +383,21 @@ def one_thread() -> "Iterator[None]":
 
 
 @pytest.fixture
-def forbid(request: pytest.FixtureRequest) -> "Iterator[Forbidden]":
+def forbid(request: pytest.FixtureRequest) -> "Iterator[Forbidden | ForbiddenElsewhere]":
     """`forbid(*targets, why="")`: the test fails if the code under test calls one of them."""
     from shared.forbid import Forbidden
 
     code = _code_of(request.node)
     if code is None:
         raise pytest.UsageError("forbid is for tests of a lab: no chapter.toml lists this folder")
+    if code.elsewhere:
+        from shared.apart.client import CodeElsewhere, ForbiddenElsewhere
+
+        assert isinstance(code, CodeElsewhere)
+        remote = request.node.stash[_FORBIDDEN] = ForbiddenElsewhere(code, getattr(request, "module", None))
+        yield remote
+        remote.close()
+        return
     forbidden = request.node.stash[_FORBIDDEN] = Forbidden(code, getattr(request, "module", None))
     yield forbidden
     forbidden.close()

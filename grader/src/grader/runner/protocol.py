@@ -9,21 +9,25 @@ From the runner, on a descriptor of its own: JSON lines, each an object with the
 | event | keys | from |
 |---|---|---|
 | `ready` | `pid`, `machine` | runner, once |
-| `started` | `job` | runner |
+| `started` | `job`, `trust`, `gaps` | runner |
 | `collected` | `tests`: [{`name`, `slow`}] | child |
 | `collect_error` | `file`, `message`, `code_under_test` | child |
 | `test_started` | `test` | child |
 | `test` | `test`, `outcome`, `seconds`, `message`, `output`, `not_written`, `milestones` | child |
 | `session_finished` | `exit_status` | child |
+| `tampering` | `what` | child, and runner |
 | `busy` | `clients` | listener, instead of all others |
 | `finished` | `job`, `end`, `code`, `seconds`, `peak_memory_bytes`, `output`, `output_cut`, `dropped` | runner |
+
+`gaps` says of a strict job what separates the code under test less than it could: no user of its own, no Landlock.
 
 `end` is `exited`, `signalled`, `timeout`, `processes` (too many of them), `flood` (too many events) or
 `cancelled`. Standard output and error of the child never mix with events: they come back as `output`,
 the tail of them, inside `finished`.
 
-The code under test shares the child's process, so it can write to the child's descriptor. The runner
-forwards what has the shape of a child's event and drops the rest.
+The code under test shares the child's process, so it can write to the child's descriptor. The child seals what it
+says (`grader.runner.seal`); the runner forwards what has the seal and the shape of a child's event and drops the
+rest. A dropped line that has the shape of an event is `tampering`.
 """
 
 import dataclasses
@@ -77,6 +81,7 @@ class Job:
         preload: modules to import before forking.
         slow: whether tests marked slow run too.
         seed: shifts the random inputs of every test.
+        trust: `strict` runs the code under test in a process of its own.
         tests: names of the only tests to run, below the lab's folder; empty for all.
         limits: what the job may use.
     """
@@ -87,6 +92,7 @@ class Job:
     preload: tuple[str, ...] = ("torch",)
     slow: bool = False
     seed: int = 0
+    trust: Literal["same_process", "strict"] = "same_process"
     tests: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
@@ -139,9 +145,15 @@ class _SessionFinished(_ChildEvent):
     exit_status: int
 
 
+class _Tampering(_ChildEvent):
+    event: Literal["tampering"]
+    what: str
+
+
 _CHILD_EVENT: TypeAdapter[Any] = TypeAdapter(
     Annotated[
-        _Collected | _CollectError | _TestStarted | _Test | _SessionFinished, Field(discriminator="event")
+        _Collected | _CollectError | _TestStarted | _Test | _SessionFinished | _Tampering,
+        Field(discriminator="event"),
     ]
 )
 

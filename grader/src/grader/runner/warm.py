@@ -14,20 +14,23 @@ import os
 import secrets
 import select
 import signal
+import socket
 import stat
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
 import psutil
 
 from grader import machine
-from grader.runner import child, reaper
+from grader.runner import apart, child, reaper
+from grader.runner.integrity import Snapshot
 from grader.runner.protocol import Event, Job, ProtocolError, is_child_event, receive_job
+from grader.runner.seal import SECRET_BYTES, Seal, new_secret
 
 # A job's tar is made by `grader.submission.pack` from source files; anything larger is none of ours.
 _MAX_FILES, _MAX_BYTES = 5_000, 256 << 20
@@ -44,6 +47,8 @@ class WarmParent:
     def __init__(self, jobs: IO[bytes], events: int) -> None:
         self._jobs = jobs
         self._events = events
+        self._snapshot = Snapshot()
+        self._snapshot_of = 0
 
     def serve(self, preload: Sequence[str]) -> None:
         """Import `preload`, say `ready`, and run jobs until `jobs` ends."""
@@ -54,46 +59,88 @@ class WarmParent:
         self._send(event="ready", pid=os.getpid(), machine=machine.describe().model_dump(mode="json"))
         while (received := receive_job(self._jobs)) is not None:
             job, tar = received
+            tars = [tar]  # only here: a process that must not have it takes it out
+            del received, tar
             import_all(job.preload)
-            self._send(event="started", job=job.id)
-            self._run(job, tar)
+            if "torch" in sys.modules:
+                import_all(("shared.forbid", "torch.testing", "numpy.testing"))
+            strict = job.trust == "strict"
+            if strict:
+                import_all(("shared.apart.client", "shared.apart.server"))
+            gaps = apart.gaps() if strict else []
+            self._send(event="started", job=job.id, trust=job.trust, gaps=gaps)
+            self._run(job, tars)
 
     def _send(self, **event: object) -> None:
         data = json.dumps(event).encode() + b"\n"
         while data:
             data = data[os.write(self._events, data) :]
 
-    def _run(self, job: Job, tar: bytes) -> None:
-        work = Path(tempfile.mkdtemp(prefix=f"{_WORK_PREFIX}{os.getpid()}-"))
+    def _run(self, job: Job, tars: list[bytes]) -> None:
+        prefix = f"{_WORK_PREFIX}{os.getpid()}-"
+        strict = job.trust == "strict"
+        work = Path(tempfile.mkdtemp(prefix=prefix))
+        code_work = Path(tempfile.mkdtemp(prefix=prefix, dir=apart.base())) if strict else None
+        connection: socket.socket | None = None
         try:
             try:
-                _extract(tar, work)
+                if code_work is not None:
+                    _extract(tars[0], code_work, lambda path: apart.belongs_to_code(path, job))
+                _extract(tars[0], work, lambda path: not strict or apart.belongs_to_tests(path, job))
             except (tarfile.TarError, ValueError, OSError) as error:
                 raise ProtocolError(f"not the tar of a job: {error}") from error
             event_read, event_write = os.pipe()
+            secret_read, secret_write = os.pipe()
             output_read, output_write = os.pipe()
+            if len(sys.modules) != self._snapshot_of:
+                self._snapshot.take()  # here and not in the child: once for all jobs
+                self._snapshot_of = len(sys.modules)
             gc.freeze()
             started = time.monotonic()
+            if code_work is not None:
+                connection = apart.start(job, code_work, tars, output_write, self._snapshot)
             pid = os.fork()
             if pid == 0:
                 os.close(event_read)
                 os.close(output_read)
-                self._become_child(job, work, event_write, output_write)
+                os.close(secret_write)
+                self._become_child(job, work, event_write, output_write, secret_read, connection)
             os.close(event_write)
             os.close(output_write)
+            os.close(secret_read)
+            if connection is not None:
+                connection.close()
+            secret = (
+                new_secret()
+            )  # drawn after the fork: the child must not find it in its copy of this frame
+            with contextlib.suppress(BrokenPipeError):  # the child has ended already; that is seen below
+                os.write(secret_write, secret)
+            os.close(secret_write)
             with os.fdopen(event_read, "rb", 0) as e, os.fdopen(output_read, "rb", 0) as o:
-                watched = _Watched(job, pid, started, e, o, self._events, self._jobs)
+                watched = _Watched(job, pid, started, e, o, self._events, self._jobs, Seal(secret))
                 finished = watched.until_end()
         finally:
             _remove(work)
+            if code_work is not None:
+                _remove(code_work)
         self._send(**finished)
 
-    def _become_child(self, job: Job, work: Path, events: int, output: int) -> NoReturn:
+    def _become_child(
+        self,
+        job: Job,
+        work: Path,
+        events: int,
+        output: int,
+        secret: int,
+        connection: socket.socket | None,
+    ) -> NoReturn:
         code = 70  # EX_SOFTWARE: something of ours failed before or around pytest
         try:
             os.setsid()
             reaper.die_with_parent()
             reaper.be_first_to_go()
+            if connection is not None:
+                reaper.hide()  # from the code under test, which has a process of its own
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.close(null)
@@ -106,7 +153,9 @@ class WarmParent:
             sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace")
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            code = child.run(job, work, events)
+            with os.fdopen(secret, "rb") as stream:
+                code_socket = None if connection is None else connection.detach()
+                code = child.run(job, work, events, stream.read(SECRET_BYTES), self._snapshot, code_socket)
             sys.stdout.flush()
             sys.stderr.flush()
         except BaseException:
@@ -130,6 +179,7 @@ class _Watched:
         output: IO[bytes],
         forward_to: int,
         jobs: IO[bytes],
+        seal: Seal,
     ) -> None:
         self._job = job
         self._pid = pid
@@ -138,6 +188,8 @@ class _Watched:
         self._event_fd = events.fileno()
         self._forward_to = forward_to
         self._jobs_fd = jobs.fileno()
+        self._seal = seal
+        self._forged = False
         self._partial = b""
         self._dropped = 0
         self._events = 0
@@ -222,15 +274,25 @@ class _Watched:
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > _MAX_EVENT_BYTES:
             self._partial, self._dropped = b"", self._dropped + 1
-        for line in lines:
-            if self._flooded() or not is_child_event(line):
+        for sealed in lines:
+            if self._flooded():
                 self._dropped += 1
                 continue
             self._events += 1
-            self._events_bytes += len(line)
-            line += b"\n"
-            while line:
-                line = line[os.write(self._forward_to, line) :]
+            self._events_bytes += len(sealed)
+            line = self._seal.open(sealed)
+            if line is None or not is_child_event(line):
+                self._dropped += 1
+                if not self._forged and is_child_event(sealed[max(sealed.find(b"{"), 0) :]):
+                    self._forged = True
+                    self._forward(b'{"event": "tampering", "what": "wrote results to the grader\'s channel"}')
+                continue
+            self._forward(line)
+
+    def _forward(self, line: bytes) -> None:
+        line += b"\n"
+        while line:
+            line = line[os.write(self._forward_to, line) :]
 
     def _take_output(self, data: bytes) -> None:
         self._output += data
@@ -240,8 +302,8 @@ class _Watched:
             del self._output[:-keep]
 
 
-def _extract(tar: bytes, folder: Path) -> None:
-    """Write the regular files of `tar` below `folder`; nothing else may be in it.
+def _extract(tar: bytes, folder: Path, wanted: Callable[[PurePosixPath], bool] = lambda path: True) -> None:
+    """Write the regular files of `tar` that are `wanted` below `folder`; nothing else may be in it.
 
     By hand, since tarfile's own filters came with Python 3.11.4 and Debian 12 has 3.11.2.
     """
@@ -257,6 +319,8 @@ def _extract(tar: bytes, folder: Path) -> None:
             content = archive.extractfile(member) if member.isreg() else None
             if content is None or path.is_absolute() or ".." in path.parts:
                 raise ProtocolError(f"the tar holds {member.name!r}, which is no file below its root")
+            if not wanted(path):
+                continue
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content.read())
@@ -304,7 +368,8 @@ def _remove(folder: Path) -> None:
 
 def _sweep_left_overs() -> None:
     """Remove work folders of warm parents that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_WORK_PREFIX}*"):
+    places = {Path(tempfile.gettempdir()), apart.base()}
+    for folder in (folder for place in places for folder in place.glob(f"{_WORK_PREFIX}*")):
         owner = folder.name.removeprefix(_WORK_PREFIX).split("-")[0]
         with contextlib.suppress(OSError):
             if owner.isdigit() and not psutil.pid_exists(int(owner)) and folder.stat().st_uid == os.getuid():
