@@ -665,13 +665,22 @@ def worker(
     database: Database = None,
     sandbox: Annotated[SandboxName, typer.Option(envvar="TOPEKA_SANDBOX")] = SandboxName.AUTO,
 ) -> None:
-    """Grade what waits in the queue of TOPEKA_DATABASE_URL."""
+    """Grade what waits in the queue of TOPEKA_DATABASE_URL, as far as this machine can verify it."""
     catalog = _catalog()
     settings = _service_settings(catalog, database_url=database)
     from grader.service.serve import work as run
 
     written = [lab for lab in catalog.labs if not lab.planned]
-    run(catalog, settings, lambda: _sandbox(sandbox, stacks, written), slot, _cache(catalog))
+    run(catalog, settings, lambda: _worker_sandbox(sandbox, stacks, written), stacks, slot, _cache(catalog))
+
+
+def _worker_sandbox(
+    name: SandboxName, stack: StackName | None, labs: "Sequence[Lab]"
+) -> "tuple[Sandbox, str]":
+    """Return the sandbox for the stack; whether the GPUs suffice is seen from within it."""
+    if name is not SandboxName.LOCAL and _may_have_engine(name):
+        return _sandbox(name, stack, labs)
+    return _local_sandbox(), _local_stack(None)
 
 
 token_app = typer.Typer(help="Tokens of the service's users.", no_args_is_help=True, rich_markup_mode=None)

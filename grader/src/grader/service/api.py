@@ -31,10 +31,11 @@ from grader.errors import UsageError
 from grader.service import accounts, problems, submissions
 from grader.service.accounts import Identity
 from grader.service.database import Database
+from grader.service.hardware import queue_of
 from grader.service.models import FINAL, Report, Role, State, Submission, User, Worker, now
 from grader.service.problems import Problem
 from grader.service.settings import Settings
-from grader.service.work_queue import WorkQueue, queue_of
+from grader.service.work_queue import WorkQueue
 
 # How often a watcher's connection looks for news.
 WATCH_S = 0.1

@@ -24,6 +24,7 @@ class Settings(BaseModel):
         heartbeat_s: how often a worker says that it lives.
         lost_after_s: a worker silent for so long is lost, and its work goes to others.
         drain_s: how long a worker that shall end may take to finish what it has begun.
+        worker_host: a worker's machine in its id, unique and stable; None means the hostname.
         keep_days: how long submissions are kept; None keeps them for ever.
     """
 
@@ -38,6 +39,7 @@ class Settings(BaseModel):
     heartbeat_s: float = Field(default=5.0, gt=0)
     lost_after_s: float = Field(default=25.0, gt=0)
     drain_s: float = Field(default=60.0, ge=0)
+    worker_host: str | None = Field(default=None, min_length=1, max_length=180)
     keep_days: float | None = Field(default=None, gt=0)
 
     @classmethod
