@@ -23,6 +23,7 @@ from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -366,7 +367,10 @@ def _routes(service: Service) -> APIRouter:
                     return
                 if not news:
                     await asyncio.sleep(WATCH_S)
-                news, last, done = await asyncio.to_thread(look, last)
+                try:
+                    news, last, done = await asyncio.to_thread(look, last)
+                except OperationalError:
+                    return  # the database is away; the watcher comes back with Last-Event-ID
 
         return EventSourceResponse(told())
 

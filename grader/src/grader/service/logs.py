@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -42,6 +43,27 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _Seldom(logging.Filter):
+    """Lets the queue's threads say the same once in ten seconds, not twenty times a second while a database is away."""
+
+    _EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "dbos":
+            return True
+        what, moment = record.getMessage()[:60], time.monotonic()
+        if moment - self._said.get(what, -self._EVERY_S) < self._EVERY_S:
+            return False
+        if len(self._said) > 100:
+            self._said.clear()
+        self._said[what] = moment
+        return True
+
+
 def log_as_json() -> None:
     """Send logs to standard error, one JSON object a line; TOPEKA_LOG_LEVEL chooses how much."""
     handler = logging.StreamHandler(sys.stderr)
@@ -54,3 +76,4 @@ def log_as_json() -> None:
     dbos = logging.getLogger("dbos")
     dbos.handlers[:] = [logging.NullHandler()]
     dbos.propagate = True
+    handler.addFilter(_Seldom())

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from grader.catalog import Catalog
 from grader.errors import TopekaError
 from grader.machine import describe
-from grader.sandbox import Sandbox
+from grader.sandbox import Sandbox, SandboxFailed
 from grader.service import work_queue
 from grader.service.api import Service, create_app
 from grader.service.database import Database, DatabaseUnusable
@@ -154,6 +154,12 @@ def work(
                 cache=cache,
                 on_displaced=make_room,
             )
+            try:
+                worker.warm()
+            except SandboxFailed as error:
+                raise WorkerRefused(
+                    f"the sandbox does not work, so nothing can be graded here: {error}"
+                ) from error
             worker.start()
             print(f"Worker {worker.id} takes work from {', '.join(queues)}; Ctrl-C ends it.", flush=True)
             ended.wait()

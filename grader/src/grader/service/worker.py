@@ -96,6 +96,15 @@ class GradingWorker:
         self._consumer = Consumer(database, self.id, queues, self.grade)
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
+    def warm(self) -> None:
+        """Run something of our own in the sandbox, so that nobody waits for one that is cold, or does not work.
+
+        Raises:
+            SandboxFailed: it does not work.
+        """
+        lab = min((lab for lab in self._catalog.labs if not lab.planned), key=lambda lab: len(lab.preload))
+        expected_tests(self._catalog, lab, lambda: self._sandbox, None)
+
     def start(self) -> None:
         """Announce this worker and begin.
 
@@ -231,10 +240,9 @@ class GradingWorker:
         begun goes to others.
         """
         delay = 0.5
-        lab = min((lab for lab in self._catalog.labs if not lab.planned), key=lambda lab: len(lab.preload))
         while not self._given_up.is_set():
             try:
-                expected_tests(self._catalog, lab, lambda: self._sandbox, None)
+                self.warm()
             except SandboxFailed as error:
                 self._well.clear()
                 log.warning("the sandbox does not work: %s", error)
