@@ -258,8 +258,10 @@ def main() -> None:
     parser.add_argument("-n", "--submissions", type=int, default=300)
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--kills", type=int, default=40, help="at most so many, then let it end")
-    parser.add_argument("--every", type=float, nargs=2, default=(0.5, 4.0), metavar=("MIN", "MAX"))
+    parser.add_argument("--kills", type=int, default=40, help="SIGKILLs in all")
+    parser.add_argument(
+        "--patience", type=float, default=15, help="seconds until the next kill, if nothing moves"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sandbox", choices=["local", "docker"], default="local")
     parser.add_argument("--within", type=float, default=900, help="seconds for everything")
@@ -364,13 +366,13 @@ def run(
     victims = [*programs, "database", *(["engine"] if engine else [])]
     _until(lambda: len(told.accepted) > 0, deadline)
     order: list[str] = []
-    while sum(kills.values()) < arguments.kills and time.monotonic() < deadline:
-        if (
-            len(told.accepted) == arguments.submissions
-            and _patiently(finished) >= 0.97 * arguments.submissions
-        ):
-            break
-        time.sleep(rng.uniform(*arguments.every))
+    # Spread over the run, so that most of them meet a program at work and not one that is just starting.
+    moments = sorted(rng.uniform(0, 0.95) * arguments.submissions for _ in range(arguments.kills))
+    for moment in moments:
+        patience = time.monotonic() + arguments.patience
+        while _patiently(finished) < moment and time.monotonic() < min(patience, deadline):
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.5))
         if not order:  # everybody's turn comes, in an order that the seed gives
             order = rng.sample(victims, len(victims))
         victim, pause = order.pop(), rng.uniform(0.1, 3.0)

@@ -22,6 +22,7 @@ from grader.service.database import Database, DatabaseUnusable
 from grader.service.hardware import all_queues, queues_here, stack_here
 from grader.service.logs import log_as_json
 from grader.service.settings import Settings
+from grader.service.upkeep import Upkeep
 from grader.service.work_queue import WorkQueue
 from grader.service.worker import GradingWorker, WorkerRefused
 
@@ -56,8 +57,10 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
     log_as_json()
     database = open_database(settings)
     worker = sandbox = None
+    queue = WorkQueue(database)
+    upkeep = Upkeep(database, queue, catalog, settings)
     try:
-        app = create_app(Service(database, settings, catalog, WorkQueue(database)))
+        app = create_app(Service(database, settings, catalog, queue))
         server = _Server(
             uvicorn.Config(
                 app,
@@ -83,10 +86,12 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
                 database, settings, catalog, sandbox, queues=all_queues(catalog), stack=stack, cache=cache
             )
             worker.start()
+        upkeep.start()
         # uvicorn hands its signals on once it has ended; ours do nothing, so that the worker can drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         server.run(sockets=[socket])
+        upkeep.stop()
     finally:
         if worker:
             worker.stop()
