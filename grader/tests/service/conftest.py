@@ -22,6 +22,8 @@ from grader.service.models import Role
 from grader.service.serve import open_database
 from grader.service.settings import Settings
 
+from .cluster import postgresql, url
+
 RIGHT = '''
 def double(x: float) -> float:
     """Return twice x."""
@@ -125,4 +127,15 @@ def events_of(response: httpx.Response) -> Iterator[tuple[int, str, dict[str, An
             yield number, kind, json.loads(value)
 
 
-__all__ = ["RIGHT", "WRONG", "Path", "Running", "body", "events_of", "graded", "url_of"]
+__all__ = [
+    "RIGHT",
+    "WRONG",
+    "Path",
+    "Running",
+    "body",
+    "events_of",
+    "graded",
+    "postgresql",
+    "url",
+    "url_of",
+]

@@ -1,6 +1,5 @@
-"""What the tests of operations run: a PostgreSQL of their own, workers, and code that waits for a sign."""
+"""What the tests of operations run: workers, and code that waits for a sign."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -8,27 +7,45 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
 
-from grader.catalog import Catalog
+from grader.catalog import Catalog, Lab
+from grader.service import submissions
+from grader.service.database import Database
+from grader.service.hardware import queue_of
+from grader.service.models import Role, User, now
+from grader.service.work_queue import WorkQueue
+from sqlalchemy import select
 
 from .conftest import RIGHT
 
-ROOT = Path(__file__).resolve().parents[3]
 # Losses are noticed within two seconds rather than half a minute.
 QUICK = {"TOPEKA_HEARTBEAT_S": "0.3", "TOPEKA_LOST_AFTER_S": "2"}
 
 
-def script(name: str) -> ModuleType:
-    """Return scripts/NAME.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def submit(
+    database: Database, lab: Lab, source: str = RIGHT, name: str = "ada", days_ago: float = 0, queue: str = ""
+) -> str:
+    """Put a submission into the database as the server does, and return its id."""
+    work = WorkQueue(database)
+    with database.session() as session:
+        user = session.scalar(select(User).where(User.name == name)) or User(name=name, role=Role.LEARNER)
+        session.add(user)
+        session.flush()
+        found, _ = submissions.submit(
+            session,
+            user.id,
+            lab,
+            queue or queue_of(lab),
+            {"numbers_lab.py": source.encode()},
+            slow=False,
+            duplicate_window_s=60,
+            enqueue=lambda submission_id, where: work.put(session, submission_id, where),
+        )
+        found.created = now() - timedelta(days=days_ago)
+    work.close()
+    return found.id
 
 
 def gated(gate: Path, number: int = 0) -> str:

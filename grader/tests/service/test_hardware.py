@@ -5,7 +5,7 @@ from grader.catalog import Catalog, Lab, load
 from grader.gpus import Gpu
 from grader.service.hardware import UnfitMachine, all_queues, queue_of, queues_here, stack_here
 
-from .own import ROOT
+from .cluster import ROOT
 
 GIB = 1 << 30
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,32 +12,11 @@ from grader.service import accounts
 from grader.service.models import Role
 from grader.service.serve import open_database
 from grader.service.settings import Settings
-from shared.plugin import NOT_VERIFIED_HERE
 
 from .conftest import RIGHT, WRONG, Running, body, events_of, graded
-from .own import QUICK, RunningWorker, gated, script, until
+from .own import QUICK, RunningWorker, gated, until
 
-own_postgresql = script("own_postgresql")
 MakeWorker = Callable[..., RunningWorker]
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[object]:
-    """A cluster whose database `topeka` has the tables, as the template of those that tests get."""
-    try:
-        cluster = own_postgresql.OwnPostgresql(fsync=False)
-    except own_postgresql.NoPostgresql as error:
-        pytest.skip(f"{NOT_VERIFIED_HERE}: {error}")
-    try:
-        open_database(Settings(database_url=cluster.url)).close()
-        yield cluster
-    finally:
-        cluster.remove()
-
-
-@pytest.fixture
-def url(postgresql, request: pytest.FixtureRequest) -> str:
-    return postgresql.create(f"t{zlib.crc32(request.node.name.encode()):x}", template="topeka")
 
 
 @pytest.fixture
@@ -215,12 +193,11 @@ def test_what_a_drain_cannot_finish_is_put_back_and_not_reported(
         assert kinds_of(ada, held).count("graded") == 1
 
 
-@pytest.mark.parametrize("stack", ["cuda", "multi-gpu"])
 def test_a_worker_for_gpus_is_refused_where_there_are_none(
-    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch, stack: str
+    make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    worker = make_worker("north", "--stacks", stack)
+    worker = make_worker("north", "--stacks", "cuda")
     assert worker.process is not None
     assert worker.process.wait(timeout=60) == 3
-    assert f"--stacks {stack}: gradings here see no GPU" in worker.log.read_text()
+    assert "--stacks cuda: gradings here see no GPU" in worker.log.read_text()

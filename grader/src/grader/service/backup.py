@@ -1,7 +1,7 @@
 """Backup and restore of everything the service knows: users, submissions, reports, and the queue.
 
 A backup is one file: a tar with `manifest.json` (format, kind of database, schema, rows of every table, SHA-256 of the
-rest) and the database, as SQLite's own file or as PostgreSQL's `pg_dump` makes it. It is a snapshot of one moment, taken
+rest) and the database, as SQLite's file or as PostgreSQL's `pg_dump` makes it. It is a snapshot of one moment, taken
 while the service runs. What was queued or half graded then is graded after a restore.
 """
 
@@ -106,7 +106,9 @@ def restore(database: Database, file: Path, *, force: bool = False) -> Manifest:
         UsageError: the file cannot be read.
     """
     folder = Path(database.engine.url.database or "").resolve().parent if database.is_sqlite else None
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".restore-") as place:
+    # Connections of one's own that lie idle would look like somebody else's.
+    with contextlib.closing(database), tempfile.TemporaryDirectory(dir=folder, prefix=".restore-") as place:
+        database.close()
         manifest, content = _unpacked(file, Path(place))
         if manifest.backend != database.engine.dialect.name:
             raise BackupFailed(
