@@ -8,12 +8,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from socket import socket as Socket
+from typing import NoReturn
 
 import uvicorn
 from sqlalchemy.exc import DBAPIError
 
 from grader.catalog import Catalog
-from grader.errors import TopekaError
+from grader.errors import COULD_NOT_RUN, OK, TopekaError
 from grader.machine import describe
 from grader.sandbox import Sandbox, SandboxFailed
 from grader.service import work_queue
@@ -165,7 +166,11 @@ def work(
                 raise WorkerRefused(
                     f"the sandbox does not work, so nothing can be graded here: {error}"
                 ) from error
-            worker.start()
+            try:
+                worker.start()
+            except DBAPIError as error:
+                log.error("the database does not answer: %s", error.orig)
+                _leave(COULD_NOT_RUN)
             print(f"Worker {worker.id} takes work from {', '.join(queues)}; Ctrl-C ends it.", flush=True)
             ended.wait()
             log.info("draining", extra={"worker": worker.id})
@@ -176,11 +181,11 @@ def work(
         sandbox.close()
     if displaced.is_set():
         raise WorkerRefused(f"another worker has taken the id {worker.id}: see --slot and TOPEKA_WORKER_HOST")
-    _leave()
+    _leave(OK)
 
 
-def _leave() -> None:
+def _leave(code: int) -> NoReturn:
     """End the process now, also if the queue's threads still wait for work that others do now."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)

@@ -292,6 +292,8 @@ class GradingWorker:
                 with self._database.session() as session:
                     if me := session.get(Worker, self.id):
                         me.seen = now()
+                if self._settings.alive_file:
+                    self._settings.alive_file.touch()
                 # After a pause of the database everybody looks lost, until they have had time to say otherwise.
                 answers_since = answers_since or time.monotonic()
                 if time.monotonic() - answers_since > 2 * self._settings.heartbeat_s:
