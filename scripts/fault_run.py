@@ -265,6 +265,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sandbox", choices=["local", "docker"], default="local")
     parser.add_argument("--within", type=float, default=900, help="seconds for everything")
+    parser.add_argument(
+        "--lost-after", type=float, default=25, help="seconds of silence until a worker is lost"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--keep", action="store_true", help="keep the logs")
     arguments = parser.parse_args()
@@ -322,6 +325,8 @@ def run(
         "TOPEKA_SUBMISSIONS_PER_MINUTE": "100000",
         # A client whose answer was lost asks again: however long that takes, it is the same submission.
         "TOPEKA_DUPLICATE_WINDOW_S": "3600",
+        "TOPEKA_LOST_AFTER_S": str(arguments.lost_after),
+        "TOPEKA_HEARTBEAT_S": str(arguments.lost_after / 5),
         "TOPEKA_SANDBOX": arguments.sandbox,
         "TMPDIR": str(_made(folder / "tmp")),
     } | ({"DOCKER_HOST": engine.host} if engine else {})
