@@ -18,7 +18,7 @@ from grader.service.database import Database
 from grader.service.models import Submission
 from grader.service.serve import open_database
 from grader.service.settings import Settings
-from sqlalchemy import func, select, text
+from sqlalchemy import func, make_url, select, text
 
 from .conftest import Running, url_of
 from .own import RunningWorker, submit, until
@@ -126,6 +126,11 @@ def test_on_postgresql_what_was_queued_at_the_backup_is_graded_after_the_restore
     with database.session() as session:
         assert session.get_one(Submission, submitted).worker_id == "north/0"
     database.close()
+
+
+def test_the_password_is_in_no_command_line():
+    url = make_url("postgresql+psycopg://topeka:p%40ss@database:5433/topeka?sslmode=require")
+    assert backups.for_libpq(url) == ("postgresql://topeka@database:5433/topeka?sslmode=require", "p@ss")
 
 
 def test_without_the_programs_of_postgresql_a_sentence_says_what_to_install(

@@ -298,6 +298,14 @@ def _restore_postgresql(database: Database, manifest: Manifest, content: Path, f
             )
 
 
+def for_libpq(url: sqlalchemy.URL) -> tuple[str, str | None]:
+    """Return a URL as PostgreSQL's own programs take it, without the password, and the password."""
+    bare = sqlalchemy.URL.create(
+        "postgresql", url.username, None, url.host, url.port, url.database, url.query
+    )
+    return bare.render_as_string(hide_password=False), url.password
+
+
 def _run(database: Database | None, program: str, *arguments: str) -> str:
     """Run one of PostgreSQL's programs; the password goes by the environment, which others cannot read."""
     if shutil.which(program) is None:
@@ -308,10 +316,10 @@ def _run(database: Database | None, program: str, *arguments: str) -> str:
     environment: dict[str, Any] = dict(os.environ)
     options: list[str] = []
     if database is not None:
-        url = database.engine.url.set(drivername="postgresql")
-        if url.password:
-            environment["PGPASSWORD"] = str(url.password)
-        options = ["--dbname", url.set(password=None).render_as_string()]
+        url, password = for_libpq(database.engine.url)
+        options = ["--dbname", url]
+        if password is not None:
+            environment["PGPASSWORD"] = password
     done = subprocess.run(
         [program, *options, *arguments], capture_output=True, text=True, env=environment, check=False
     )
