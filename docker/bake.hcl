@@ -1,4 +1,4 @@
-# The six images: `docker buildx bake -f docker/bake.hcl [cpu|cuda|multi-gpu|STACK-sandbox|STACK-workspace]`.
+# The images: `docker buildx bake -f docker/bake.hcl [cpu|cuda|multi-gpu|STACK-sandbox|STACK-workspace|grader]`.
 # `make images` fills in the variables.
 variable "COMMIT" { default = "unknown" }
 variable "VERSIONS" { default = "{}" }
@@ -11,6 +11,20 @@ group "default" { targets = ["cpu"] }
 group "cpu" { targets = ["cpu-sandbox", "cpu-workspace"] }
 group "cuda" { targets = ["cuda-sandbox", "cuda-workspace"] }
 group "multi-gpu" { targets = ["multi-gpu-sandbox", "multi-gpu-workspace"] }
+
+group "grader" { targets = ["service", "database"] }
+
+target "grader-image" {
+  name       = purpose
+  matrix     = { purpose = ["service", "database"] }
+  context    = "."
+  dockerfile = "docker/Dockerfile"
+  target     = purpose
+  args       = { BASE = BASE, COMMIT = COMMIT }
+  secret     = CA != "" ? ["id=ca,src=${CA}"] : []
+  tags       = ["topeka-${purpose}:latest"]
+  platforms  = ["linux/amd64"]
+}
 
 target "image" {
   name       = "${stack}-${purpose}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the images of a stack: scripts/images.sh [cpu|cuda|multi-gpu|STACK-sandbox|STACK-workspace ...]
+# Build the images of a stack: scripts/images.sh [cpu|cuda|multi-gpu|grader|STACK-sandbox ...]
 #
 # Wheels of pip's find-links folder (or WHEELS=DIR) and the CA bundle of pip (or CA=FILE) are passed on where
 # there are any, so that a network that works for `make setup` works here too.

@@ -11,6 +11,7 @@
 #   workspace-STACK.txt  what the workspace adds
 #   compiled.txt         sources compiled while an image is built, and what compiles them
 #   uv.txt, node.txt     the installers: uv, and Node for code-server
+#   service.txt          the grader's service and its workers, which need no torch
 #   container-tests.txt  what the tests of the containers need on the machine itself
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,6 +42,8 @@ image=(--python-version 3.11 --python-platform x86_64-manylinux_2_36 "${pinned[@
 "$uv" pip compile $out/compiled.in --no-deps "${image[@]}" -o $out/compiled.txt
 from_pypi - "${image[@]}" -o $out/uv.txt <<<"uv==$(sed -nE 's/^UV = "(.*)"/\1/p' scripts/setup_env.py)"
 from_pypi $out/node.in "${image[@]}" -o $out/node.txt
+from_pypi grader/pyproject.toml --extra service --override - "${image[@]}" "${ours[@]}" -o $out/service.txt \
+    <<<"torch; sys_platform == 'never'"
 from_pypi $out/container-tests.in "${image[@]}" -o $out/container-tests.txt
 for stack in cpu cuda multi-gpu; do
     input=("$out/stack-$stack.in" $out/compiled.in "${packages[@]}")

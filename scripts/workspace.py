@@ -2,7 +2,7 @@
 """The course in containers: `make lab`, `up`, `stop`, `logs` and `shell` run this file.
 
     scripts/workspace.py lab 1           bring up the workspace that fits the chapter and this machine
-    scripts/workspace.py up [PROFILE]    cpu, gpu or multi-gpu
+    scripts/workspace.py up [PROFILE]    cpu, gpu, multi-gpu, or grader: the service for a class
     scripts/workspace.py logs | shell | stop
     scripts/workspace.py usable          exit 0 if a Docker Engine with compose answers
 
@@ -12,6 +12,7 @@ course is installed on the machine itself. Exit 2: wrong usage; 3: could not run
 
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -112,8 +113,13 @@ def running_profile() -> Optional[str]:  # noqa: UP045
 
 def up(profile: str) -> None:
     """Bring a profile up and wait until it is healthy; build its images if they are not there."""
+    if profile == "grader":
+        up_grader()
+        return
     if profile not in STACK_OF:
-        stop_with("there is no profile {!r}: PROFILE is one of {}".format(profile, ", ".join(STACK_OF)), 2)
+        stop_with(
+            "there is no profile {!r}: PROFILE is one of {}, grader".format(profile, ", ".join(STACK_OF)), 2
+        )
     other = running_profile()
     if other is not None and other != profile:
         say(f"the {other} profile is running; stopping it first")
@@ -142,16 +148,48 @@ def up(profile: str) -> None:
     print_addresses(profile)
 
 
+def up_grader() -> None:
+    """Bring up the service for a class: server, workers, PostgreSQL."""
+    wanted = ["topeka-sandbox:" + os.environ.get("TOPEKA_STACKS", "cpu"), "topeka-service", "topeka-database"]
+    for image in wanted:
+        if output_of("docker", "image", "inspect", image) is None:
+            name = image.split(":")[1] + "-sandbox" if ":" in image else image[len("topeka-") :]
+            say(f"building the image {image}")
+            run(
+                [str(ROOT / "scripts" / "images.sh"), name],
+                "the image could not be built; the lines above say why",
+            )
+    secret = ROOT / ".topeka" / "secrets" / "database_password"
+    if not secret.exists():
+        secret.parent.mkdir(parents=True, exist_ok=True)
+        secret.parent.chmod(0o700)
+        # The folder keeps others out; in the containers, users of other numbers read the file.
+        with os.fdopen(os.open(str(secret), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444), "w") as stream:
+            stream.write(secrets.token_urlsafe(32) + "\n")
+    socket = Path(os.environ.get("TOPEKA_DOCKER_SOCKET", "/var/run/docker.sock"))
+    if socket.exists():
+        os.environ.setdefault("TOPEKA_DOCKER_GID", str(socket.stat().st_gid))
+    run(
+        compose("grader", "up", "--detach", "--wait", "--no-build"),
+        "the containers did not become healthy: `docker compose --profile grader logs` says why",
+    )
+    address = output_of(*compose("grader", "port", "service", "8300")) or "127.0.0.1:8300"
+    print(f"Topeka's grader  http://{address}/")
+    print(
+        "the first token: docker compose --profile grader exec service topeka token create NAME --instructor"
+    )
+
+
 def print_addresses(profile: str) -> None:
     """Print where the servers are and how to log in."""
     deadline = time.monotonic() + 10
     while not CREDENTIALS.exists() and not os.environ.get("TOPEKA_PASSWORD") and time.monotonic() < deadline:
         time.sleep(0.1)
-    secrets = dict(re.findall(r"^(\w+)=(.*)$", CREDENTIALS.read_text(), re.M)) if CREDENTIALS.exists() else {}
+    kept = dict(re.findall(r"^(\w+)=(.*)$", CREDENTIALS.read_text(), re.M)) if CREDENTIALS.exists() else {}
     chosen = os.environ.get("TOPEKA_PASSWORD")
     token, password = (
-        chosen or secrets.get("JUPYTER_TOKEN", ""),
-        chosen or secrets.get("CODE_SERVER_PASSWORD", ""),
+        chosen or kept.get("JUPYTER_TOKEN", ""),
+        chosen or kept.get("CODE_SERVER_PASSWORD", ""),
     )
     service = "workspace-" + profile
     jupyter = output_of(*compose(profile, "port", service, "8888")) or "127.0.0.1:8888"

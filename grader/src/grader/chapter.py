@@ -94,6 +94,9 @@ class Lab(_Table):
         strict: whether its code can run in another process than its tests (`topeka grade --trust strict`).
         timeout: seconds one grading may take.
         memory_gb: GiB of memory one grading may use.
+        gpus: how many GPUs its tests want; the service gives it to workers that have as many. Unless given, as many
+            as the stack means: none, one or two.
+        gpu_memory_gb: GiB that each of those GPUs must have.
     """
 
     path: Path = Field(repr=False, description="nothing, this key is not for the file")
@@ -113,6 +116,8 @@ class Lab(_Table):
     strict: bool = Field(default=False, description="true or false")
     timeout: float = Field(default=300.0, gt=0, le=7200, description="seconds, above 0, at most 7200")
     memory_gb: float = Field(default=4.0, gt=0, le=1024, description="GiB, above 0, at most 1024")
+    gpus: int | None = Field(default=None, ge=0, le=64, description="a whole number from 0 to 64")
+    gpu_memory_gb: float = Field(default=0.0, ge=0, le=1024, description="GiB, from 0 to 1024")
 
     @property
     def id(self) -> str:

@@ -685,13 +685,72 @@ def worker(
     database: Database = None,
     sandbox: Annotated[SandboxName, typer.Option(envvar="TOPEKA_SANDBOX")] = SandboxName.AUTO,
 ) -> None:
-    """Grade what waits in the queue of TOPEKA_DATABASE_URL."""
+    """Grade what waits in the queue of TOPEKA_DATABASE_URL, as far as this machine can verify it."""
     catalog = _catalog()
     settings = _service_settings(catalog, database_url=database)
     from grader.service.serve import work as run
 
     written = [lab for lab in catalog.labs if not lab.planned]
-    run(catalog, settings, lambda: _sandbox(sandbox, stacks, written), slot, _cache(catalog))
+    run(catalog, settings, lambda: _worker_sandbox(sandbox, stacks, written), stacks, slot, _cache(catalog))
+
+
+def _worker_sandbox(
+    name: SandboxName, stack: StackName | None, labs: "Sequence[Lab]"
+) -> "tuple[Sandbox, str]":
+    """Return the sandbox for the stack; whether the GPUs suffice is seen from within it."""
+    if name is not SandboxName.LOCAL and _may_have_engine(name):
+        return _sandbox(name, stack, labs)
+    return _local_sandbox(), _local_stack(None)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="where the backup goes; it replaces what is there")],
+    database: Database = None,
+) -> None:
+    """Back up the service's database to one file, while it runs; the queue is part of it."""
+    settings = _service_settings(_catalog(), database_url=database)
+    from grader.service import backup as backups
+    from grader.service.serve import open_database
+
+    made = backups.backup(open_database(settings), file)
+    print(f"{file}: {sum(made.rows.values()):,} rows of {len(made.rows)} tables, checked; keep it private")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="made by `topeka backup`")],
+    force: Annotated[bool, typer.Option("--force", help="replace a database that is not empty")] = False,
+    database: Database = None,
+) -> None:
+    """Restore a backup, all of it or nothing. End servers and workers first; what waited then is graded after."""
+    settings = _service_settings(_catalog(), database_url=database)
+    from grader.service import backup as backups
+    from grader.service.database import Database as Opened
+
+    opened = Opened(settings.database_url)
+    made = backups.restore(opened, file, force=force)
+    opened.upgrade()  # a backup may be of an older version
+    print(f"Restored {sum(made.rows.values()):,} rows of {len(made.rows)} tables as of {made.created}")
+
+
+@app.command()
+def retention(
+    days: Annotated[
+        float | None, typer.Option(min=0.001, help="instead of TOPEKA_KEEP_DAYS; older ones are deleted")
+    ] = None,
+    database: Database = None,
+) -> None:
+    """Delete final submissions older than so many days, now; the server does it every hour."""
+    settings = _service_settings(_catalog(), database_url=database, keep_days=days)
+    if settings.keep_days is None:
+        raise UsageError("say how many days are kept: --days 365, or TOPEKA_KEEP_DAYS")
+    from grader.service.serve import open_database
+    from grader.service.upkeep import retain
+    from grader.service.work_queue import WorkQueue
+
+    opened = open_database(settings)
+    print(f"Deleted {retain(opened, WorkQueue(opened), settings.keep_days):,} submissions.")
 
 
 token_app = typer.Typer(help="Tokens of the service's users.", no_args_is_help=True, rich_markup_mode=None)

@@ -23,6 +23,8 @@ from grader.service.models import Role
 from grader.service.serve import open_database
 from grader.service.settings import Settings
 
+from .cluster import postgresql, url  # noqa: F401 (fixtures for all files of this folder)
+
 RIGHT = '''
 def double(x: float) -> float:
     """Return twice x."""

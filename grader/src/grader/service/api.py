@@ -21,9 +21,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from sqlalchemy import func, select
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -33,11 +33,13 @@ from grader.service import accounts, dashboard, problems, records, submissions
 from grader.service.accounts import Identity
 from grader.service.dashboard import sessions
 from grader.service.database import Database
+from grader.service.hardware import queue_of
+from grader.service.metrics import Metrics
 from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
 from grader.service.problems import Problem, documented
 from grader.service.records import best, visible
 from grader.service.settings import Settings
-from grader.service.work_queue import WorkQueue, queue_of
+from grader.service.work_queue import WorkQueue
 
 # How often a watcher's connection looks for news.
 WATCH_S = 0.1
@@ -146,10 +148,7 @@ class Service:
         self.database, self.settings, self.catalog, self.queue = database, settings, catalog, queue
         self.labs = {lab.id: lab for lab in catalog.labs}
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
-        self.metrics = CollectorRegistry()
-        self.accepted = Counter("topeka_submissions", "Submissions accepted", ["lab"], registry=self.metrics)
-        self.depth = Gauge("topeka_queue_depth", "Submissions that wait", ["queue"], registry=self.metrics)
-        self.workers = Gauge("topeka_workers", "Workers alive", registry=self.metrics)
+        self.metrics = Metrics(settings)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -183,7 +182,13 @@ def create_app(service: Service) -> FastAPI:
                 return problems.problem(
                     413, f"a request may have {service.settings.max_request_bytes:,} bytes"
                 )
+        started = time.monotonic()
         response: Response = await call_next(request)
+        # The route's template, since ids would make a series each.
+        route = getattr(request.scope.get("route"), "path", "none")
+        service.metrics.http.labels(request.method, route, response.status_code).observe(
+            time.monotonic() - started
+        )
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers.setdefault("Referrer-Policy", "no-referrer")
         response.headers.setdefault("X-Frame-Options", "DENY")
@@ -265,7 +270,7 @@ def _routes(service: Service) -> APIRouter:
             regrade_of=regrade_of,
         )
         if new:
-            service.accepted.labels(lab.id).inc()
+            service.metrics.accepted.labels(lab.id).inc()
         return found, new
 
     @router.post(
@@ -388,14 +393,23 @@ def _routes(service: Service) -> APIRouter:
             news, last, done = first
             while True:
                 for event in news:
+                    service.metrics.events.labels(event.event).inc()
                     yield event
                 if done or await request.is_disconnected():
                     return
                 if not news:
                     await asyncio.sleep(WATCH_S)
-                news, last, done = await asyncio.to_thread(look, last)
+                try:
+                    news, last, done = await asyncio.to_thread(look, last)
+                except OperationalError:
+                    return  # the database is away; the watcher comes back with Last-Event-ID
 
-        return EventSourceResponse(told())
+        async def counted() -> AsyncIterator[ServerSentEvent]:
+            with service.metrics.streams.track_inprogress():
+                async for event in told():
+                    yield event
+
+        return EventSourceResponse(counted())
 
     @router.get("/catalog", responses=documented(401))
     def catalog(opened: Transaction, asker: Asker) -> list[ChapterAnswer]:
@@ -487,18 +501,7 @@ def _routes(service: Service) -> APIRouter:
     )
     def metrics(opened: Transaction, _: Teacher) -> Response:
         """Return measurements in Prometheus's text format."""
-        waiting = opened.execute(
-            select(Submission.queue, func.count())
-            .where(Submission.state == State.QUEUED)
-            .group_by(Submission.queue)
-        )
-        service.depth.clear()
-        for queue, count in waiting:
-            service.depth.labels(queue).set(count)
-        service.workers.set(sum(_alive(w, service.settings) for w in opened.scalars(select(Worker))))
-        return Response(
-            generate_latest(service.metrics), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        return Response(service.metrics.render(opened), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 

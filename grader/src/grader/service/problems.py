@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger("topeka.api")
@@ -67,6 +68,14 @@ def install(app: FastAPI) -> None:
         errors = [{"at": ".".join(map(str, e["loc"])), "what": e["msg"]} for e in error.errors()]
         first = f"{errors[0]['at']}: {errors[0]['what']}" if errors else "the request is malformed"
         return problem(422, first, errors=errors)
+
+    @app.exception_handler(OperationalError)
+    async def database(request: Request, error: OperationalError) -> JSONResponse:
+        log.warning("%s %s: the database does not answer: %s", request.method, request.url.path, error.orig)
+        detail = (
+            "the database does not answer: try again; the same code counts once, also if it was taken already"
+        )
+        return problem(503, detail, {"Retry-After": "2"})
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -1,27 +1,31 @@
 """The programs: the server, with a worker of its own on SQLite, and the worker alone."""
 
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from socket import socket as Socket
+from typing import NoReturn
 
 import uvicorn
+from sqlalchemy.exc import DBAPIError
 
 from grader.catalog import Catalog
-from grader.errors import TopekaError
-from grader.sandbox import Sandbox
+from grader.errors import COULD_NOT_RUN, OK, TopekaError
+from grader.machine import describe
+from grader.sandbox import Sandbox, SandboxFailed
 from grader.service import dashboard, work_queue
 from grader.service.api import Service, create_app
-from grader.service.database import Database
+from grader.service.database import Database, DatabaseUnusable
+from grader.service.hardware import all_queues, queues_here, stack_here
+from grader.service.logs import log_as_json
 from grader.service.settings import Settings
+from grader.service.upkeep import Upkeep
 from grader.service.work_queue import WorkQueue
-from grader.service.worker import GradingWorker
+from grader.service.worker import GradingWorker, WorkerRefused
 
 log = logging.getLogger("topeka.serve")
 
@@ -32,7 +36,10 @@ def open_database(settings: Settings) -> Database:
     """Return the database, its tables and the queue's brought up to date."""
     database = Database(settings.database_url)
     database.upgrade()
-    work_queue.prepare(database)
+    try:
+        work_queue.prepare(database)
+    except DBAPIError as error:
+        raise DatabaseUnusable(f"the database cannot be used: {error.orig}") from error
     return database
 
 
@@ -51,8 +58,10 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
     log_as_json()
     database = open_database(settings)
     worker = sandbox = None
+    queue = WorkQueue(database)
+    upkeep = Upkeep(database, queue, catalog, settings)
     try:
-        app = create_app(Service(database, settings, catalog, WorkQueue(database)))
+        app = create_app(Service(database, settings, catalog, queue))
         server = _Server(
             uvicorn.Config(
                 app,
@@ -73,12 +82,17 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
             ) from error
         if database.is_sqlite:
             sandbox, stack = make_sandbox()
-            worker = _worker(database, settings, catalog, sandbox, stack, 0, cache)
+            # Nobody else will take what this machine cannot verify: its report then says so, test by test.
+            worker = GradingWorker(
+                database, settings, catalog, sandbox, queues=all_queues(catalog), stack=stack, cache=cache
+            )
             worker.start()
+        upkeep.start()
         # uvicorn hands its signals on once it has ended; ours do nothing, so that the worker can drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         server.run(sockets=[socket])
+        upkeep.stop()
     finally:
         if worker:
             worker.stop()
@@ -97,79 +111,83 @@ class _Server(uvicorn.Server):
                 print(f"Open {link}\nThe link signs you in, once.", flush=True)
 
 
-def work(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, slot: int, cache: Path) -> None:
-    """Grade what waits until SIGTERM or Ctrl-C; what has begun is finished first.
+def work(
+    catalog: Catalog,
+    settings: Settings,
+    make_sandbox: SandboxMaker,
+    wanted: str | None,
+    slot: int,
+    cache: Path,
+) -> None:
+    """Grade what waits until SIGTERM or Ctrl-C; what has begun is finished first, or put back.
 
     Args:
         catalog: the course.
         settings: of the service.
         make_sandbox: makes and starts this machine's sandbox, and names its stack.
+        wanted: the largest stack to take work for; None for what this machine can verify.
         slot: number of this worker on its machine.
         cache: for expected test sets.
+
+    Raises:
+        TopekaError: the machine cannot verify what is wanted, another worker has this id, or the database cannot be
+            used.
     """
     log_as_json()
-    database = open_database(settings)
-    if database.is_sqlite and slot == 0:
-        log.info("SQLite is for one machine; `topeka serve` on it grades too")
-    sandbox, stack = make_sandbox()
-    worker = _worker(database, settings, catalog, sandbox, stack, slot, cache)
-    ended = threading.Event()
+    ended, displaced = threading.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
+
+    def make_room() -> None:
+        displaced.set()
+        ended.set()
+
+    sandbox, stack = make_sandbox()
     try:
-        worker.start()
-        print(f"Worker {worker.id} takes work for {stack}; Ctrl-C ends it.", flush=True)
-        ended.wait()
+        seen = sandbox.machine
+        largest = stack_here(wanted, seen.gpus, seen.gpu_note)
+        queues = queues_here(catalog, largest, seen.gpus, describe().memory_bytes)
+        database = open_database(settings)
+        try:
+            if database.is_sqlite and slot == 0:
+                log.info("SQLite is for one machine; `topeka serve` on it grades too")
+            worker = GradingWorker(
+                database,
+                settings,
+                catalog,
+                sandbox,
+                queues=queues,
+                stack=stack,
+                slot=slot,
+                cache=cache,
+                on_displaced=make_room,
+            )
+            try:
+                worker.warm()
+            except SandboxFailed as error:
+                raise WorkerRefused(
+                    f"the sandbox does not work, so nothing can be graded here: {error}"
+                ) from error
+            try:
+                worker.start()
+            except DBAPIError as error:
+                log.error("the database does not answer: %s", error.orig)
+                _leave(COULD_NOT_RUN)
+            print(f"Worker {worker.id} takes work from {', '.join(queues)}; Ctrl-C ends it.", flush=True)
+            ended.wait()
+            log.info("draining", extra={"worker": worker.id})
+            worker.stop()
+        finally:
+            database.close()
     finally:
-        worker.stop()
         sandbox.close()
-        database.close()
+    if displaced.is_set():
+        raise WorkerRefused(f"another worker has taken the id {worker.id}: see --slot and TOPEKA_WORKER_HOST")
+    _leave(OK)
 
 
-def _worker(
-    database: Database,
-    settings: Settings,
-    catalog: Catalog,
-    sandbox: Sandbox,
-    stack: str,
-    slot: int,
-    cache: Path,
-) -> GradingWorker:
-    order = ["cpu", "cuda", "multi-gpu"]
-    # A larger machine verifies what a smaller one does.
-    queues = order[: order.index(stack) + 1]
-    return GradingWorker(
-        database, settings, catalog, sandbox, queues=queues, stack=stack, slot=slot, cache=cache
-    )
-
-
-# --- logs ---------------------------------------------------------------------------------------
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, where, what, and what `extra` adds (submission, lab, ...)."""
-
-    _KNOWN = frozenset(vars(logging.makeLogRecord({})))
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= {k: v for k, v in vars(record).items() if k not in self._KNOWN | {"message", "asctime"}}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
-def log_as_json() -> None:
-    """Send logs to standard error, one JSON object a line; TOPEKA_LOG_LEVEL chooses how much."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
-    logging.basicConfig(
-        level=os.environ.get("TOPEKA_LOG_LEVEL", "INFO").upper(), handlers=[handler], force=True
-    )
-    for noisy in ("dbos", "alembic", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+def _leave(code: int) -> NoReturn:
+    """End the process now, also if the queue's threads still wait for work that others do now."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)

@@ -7,15 +7,18 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grader.errors import UsageError
+from grader.report import Trust
 
 PREFIX = "TOPEKA_"
+_PASSWORD_FILE = "TOPEKA_DATABASE_PASSWORD_FILE"
 
 
 class Settings(BaseModel):
     """How the service runs.
 
     Attributes:
-        database_url: `sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/NAME` for any number.
+        database_url: `sqlite:///FILE` for one machine, `postgresql://USER:PASSWORD@HOST/NAME` for any number. The
+            password may be in the file that TOPEKA_DATABASE_PASSWORD_FILE names instead.
         host: the address that the server listens on.
         port: its port.
         public_url: what browsers call it behind a proxy, such as `https://grader.example.org`.
@@ -25,6 +28,10 @@ class Settings(BaseModel):
         heartbeat_s: how often a worker says that it lives.
         lost_after_s: a worker silent for so long is lost, and its work goes to others.
         drain_s: how long a worker that shall end may take to finish what it has begun.
+        worker_host: a worker's machine in its id, unique and stable; None means the hostname.
+        alive_file: touched by a worker at each beat of its heart, for health checks; None means none.
+        trust: `strict` grades labs that support it with their code in a process of its own, and all others as ever; each
+            report says which.
         keep_days: how long submissions are kept; None keeps them for ever.
     """
 
@@ -40,6 +47,9 @@ class Settings(BaseModel):
     heartbeat_s: float = Field(default=5.0, gt=0)
     lost_after_s: float = Field(default=25.0, gt=0)
     drain_s: float = Field(default=60.0, ge=0)
+    worker_host: str | None = Field(default=None, min_length=1, max_length=180)
+    alive_file: Path | None = None
+    trust: Trust = Trust.SAME_PROCESS
     keep_days: float | None = Field(default=None, gt=0)
 
     @classmethod
@@ -57,6 +67,8 @@ class Settings(BaseModel):
         for name in cls.model_fields:
             if text := os.environ.get(PREFIX + name.upper()):
                 values[name] = text
+        if secret := os.environ.get(_PASSWORD_FILE):
+            values["database_url"] = _with_password(str(values["database_url"]), Path(secret))
         values |= {name: value for name, value in chosen.items() if value is not None}
         try:
             return cls.model_validate(values)
@@ -64,3 +76,13 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = PREFIX + str(first["loc"][0]).upper()
             raise UsageError(f"{name}: {first['msg']}, found {first['input']!r}") from error
+
+
+def _with_password(url: str, file: Path) -> str:
+    from sqlalchemy import make_url
+
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(f"{_PASSWORD_FILE}: {file}: {error.strerror}") from error
+    return make_url(url).set(password=password).render_as_string(hide_password=False)

@@ -6,24 +6,21 @@ up what it had begun. The work of a worker that never comes back is resumed on i
 (`requeue_of`). A workflow may therefore run more than once; `submissions` makes sure that one report counts.
 """
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 
 from dbos import DBOS, DBOSClient
 from sqlalchemy.orm import Session
 
-from grader.catalog import Lab
 from grader.service.database import Database
 
 # Every worker runs the same workflow, whatever release it is from: work waits for any of them.
 APPLICATION, VERSION = "topeka", "1"
 _WORKFLOW = "grade_submission"
-POLL_S = 0.05
-
-
-def queue_of(lab: Lab) -> str:
-    """Return the queue that a lab's submissions wait in: one for each kind of hardware."""
-    return lab.stack
+# How often an idle worker looks, on one machine and on many: each look costs a query, and nobody notices the wait
+# where tests take seconds, as in every queue but the first.
+POLL_S, POLL_MANY_S, FIRST_QUEUE, POLL_OTHERS_S = 0.05, 0.1, "cpu", 0.5
 
 
 def prepare(database: Database) -> None:
@@ -36,7 +33,13 @@ class WorkQueue:
 
     def __init__(self, database: Database) -> None:
         """Connect; `prepare` has been called."""
-        self._client = DBOSClient(system_database_engine=database.engine, application_name=APPLICATION)
+        # Whoever asks has a better idea of how long to wait for a database than the client, which waits for ever.
+        self._client = DBOSClient(
+            system_database_engine=database.engine,
+            application_name=APPLICATION,
+            lazy=True,
+            retry_connection_errors=False,
+        )
 
     def put(self, session: Session, submission_id: str, queue: str) -> None:
         """Enqueue the submission in the transaction of `session`."""
@@ -94,6 +97,25 @@ class WorkQueue:
                 back.append(workflow.workflow_id)
         return back
 
+    def put_back(self, submission_id: str, queue: str) -> None:
+        """Put the submission on a queue again, whoever had taken it; no effect once its work has ended."""
+        self._client.resume_workflow(submission_id, queue_name=queue)
+
+    def ended(self, submission_ids: Sequence[str]) -> set[str]:
+        """Return those of the submissions whose work nobody will do any more: it ended, or there is none."""
+        live = self._client.list_workflows(
+            workflow_ids=list(submission_ids),
+            status=["ENQUEUED", "PENDING", "DELAYED"],
+            load_input=False,
+            load_output=False,
+        )
+        return set(submission_ids) - {workflow.workflow_id for workflow in live}
+
+    def forget(self, submission_ids: Sequence[str]) -> None:
+        """Delete what the queue knows of submissions whose work has ended."""
+        if submission_ids:
+            self._client.delete_workflows(list(submission_ids))
+
     def close(self) -> None:
         """Disconnect."""
         self._client.destroy()
@@ -111,9 +133,11 @@ class Consumer:
             database: where the queue is; `prepare` has been called.
             worker_id: stable over restarts, unique among living workers.
             queues: what this machine can verify.
-            work: called with the id of each submission, in a thread; never two at a time.
+            work: called with the id of each submission, in a thread; never two at a time. What it raises ends the
+                submission's work, so it raises nothing.
         """
         self._queues, self._work = tuple(queues), work
+        self._poll_s = POLL_S if database.is_sqlite else POLL_MANY_S
         self._one_at_a_time = threading.Lock()
         DBOS(
             config={
@@ -140,9 +164,12 @@ class Consumer:
         DBOS.launch()
         for queue in self._queues:
             DBOS.register_queue(
-                queue, worker_concurrency=1, polling_interval_sec=POLL_S, on_conflict="always_update"
+                queue,
+                worker_concurrency=1,
+                polling_interval_sec=self._poll_s if queue == FIRST_QUEUE else POLL_OTHERS_S,
+                on_conflict="always_update",
             )
 
     def stop(self, drain_s: float) -> None:
         """Take nothing more, and give what has begun `drain_s` seconds to end."""
-        DBOS.destroy(destroy_registry=True, workflow_completion_timeout_sec=round(drain_s))
+        DBOS.destroy(destroy_registry=True, workflow_completion_timeout_sec=math.ceil(drain_s))
