@@ -261,6 +261,24 @@ def test_what_was_accepted_survives_sigkill_and_is_graded_once(server: Running):
             assert kinds.count("graded") == 1
 
 
+def test_strict_trust_where_the_lab_supports_it(course: Catalog):
+    chapter = course.root / "labs" / "ch01_numbers" / "chapter.toml"
+    text = chapter.read_text()
+    chapter.write_text(text.replace("minutes = 5\n", "minutes = 5\nstrict = true\n", 1))
+    running = Running(course, environment={"TOPEKA_TRUST": "strict"})
+    running.start()
+    half = RIGHT.replace("double", "half").replace("twice", "half of").replace("x * 2", "x / 2")
+    try:
+        with Person(running, "ada", Role.LEARNER) as ada:
+            for lab, source, trust in (("ch01/lab01", RIGHT, "strict"), ("ch01/lab02", half, "same_process")):
+                found = graded(ada, ada.post("/submissions", json=body(source, lab)).json()["id"])
+                assert found["status"] == "verified", ada.get(f"/submissions/{found['id']}/report").text
+                [report] = ada.get(f"/submissions/{found['id']}/report").json()["labs"]
+                assert report["trust"] == trust
+    finally:
+        running.close()
+
+
 def test_a_taken_port_is_a_sentence_and_sigterm_ends_in_peace(server: Running, course: Catalog):
     log = Path(course.root / "serve.log")
     second = Running(course, port=server.port)

@@ -30,8 +30,8 @@ class Settings(BaseModel):
         drain_s: how long a worker that shall end may take to finish what it has begun.
         worker_host: a worker's machine in its id, unique and stable; None means the hostname.
         alive_file: touched by a worker at each beat of its heart, for health checks; None means none.
-        trust: `strict` grades labs that support it with their code in a process of its own, and all others as ever; each
-            report says which.
+        trust: `strict` grades labs that support it with their code in a process of its own, and all others as
+            ever; each report says which.
         keep_days: how long submissions are kept; None keeps them for ever.
     """
 
