@@ -16,7 +16,6 @@ from markupsafe import Markup, escape
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
 
 from grader.catalog import Chapter, Lab
 from grader.service import accounts, submissions
@@ -42,6 +41,13 @@ _HEADERS = {
 # A figure opened by itself is a document; it may style itself and nothing else.
 _FIGURE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
 _MAX_FORM_BYTES = 4096
+_MEDIA_TYPES = {
+    "css": "text/css",
+    "js": "text/javascript",
+    "svg": "image/svg+xml",
+    "txt": "text/plain",
+    "woff2": "font/woff2",
+}
 
 
 class _SignInNeeded(Exception):
@@ -54,7 +60,6 @@ def install(app: FastAPI, service: "Service") -> None:
     app.state.door = door
     draw = _Pages()
     app.include_router(_routes(service, draw, door), include_in_schema=False)
-    app.mount(f"/static/{draw.version}", _Static(directory=_STATIC), name="static")
     app.add_middleware(browser.HostCheck, settings=service.settings)
     _errors_as_pages(app, draw)
 
@@ -71,24 +76,19 @@ def sign_in_link(app: Any, address: str) -> str | None:
     return f"{address}/sign-in?once={app.state.door.new_secret()}"
 
 
-class _Static(StaticFiles):
-    def file_response(self, *args: Any, **more: Any) -> Response:
-        response = super().file_response(*args, **more)
-        # The content's hash is in the address.
-        response.headers["Cache-Control"] = "max-age=31536000, immutable"
-        return response
-
-
 class _Pages:
     """The templates.
 
     Attributes:
-        version: changes with any static file.
+        static: style sheet, scripts and fonts by name.
+        version: changes with any of them.
     """
 
     def __init__(self) -> None:
         files = sorted(file for file in _STATIC.rglob("*") if file.is_file())
-        self.version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+        # Kept in memory: the first page waits for several of them.
+        self.static = {file.relative_to(_STATIC).as_posix(): file.read_bytes() for file in files}
+        self.version = hashlib.sha256(b"".join(self.static.values())).hexdigest()[:12]
         self._templates = Environment(
             loader=PackageLoader("grader.service.dashboard"),
             autoescape=True,
@@ -140,6 +140,15 @@ def _routes(service: "Service", draw: _Pages, door: LocalDoor) -> APIRouter:
         return visitor
 
     Teacher = Annotated[Visitor, Depends(teacher_of)]
+
+    @router.get(f"/static/{draw.version}/{{name:path}}")
+    async def static(name: str) -> Response:
+        """Send a file that pages need. Its version is in the address, so browsers keep it."""
+        if name not in draw.static:
+            raise Problem(404, f"there is no file {name}")
+        headers = {"Cache-Control": "max-age=31536000, immutable"}
+        media_type = _MEDIA_TYPES[name.rpartition(".")[2]]
+        return Response(draw.static[name], media_type=media_type, headers=headers)
 
     # --- signing in ---------------------------------------------------------------------------------
 
