@@ -341,6 +341,19 @@ def test_results_diagnosis_history_and_who_may_see_them(site: Site):
         assert "The queue is empty." in queue
 
 
+def test_why_no_test_counted_is_on_the_page(site: Site):
+    reaches_out = "import shared.compare\nshared.compare.assert_close = lambda *a, **k: None\n" + RIGHT
+    for source, words in (
+        ("def double(x:\n    return x\n", "numbers_lab.py&#34;, line 1"),
+        (reaches_out, "the code under test made a comparison that must fail succeed"),
+    ):
+        with site.api("ben") as program:
+            found = graded(program, program.post("/submissions", json=body(source)).json()["id"])
+        assert found["status"] == "failed"
+        with site.browser(site.tokens["ben"]) as ben:
+            assert words in ben.get(f"/submissions/{found['id']}").text
+
+
 def test_the_gradebook_has_whoever_submitted(site: Site):
     with site.api("ina") as program:
         graded(program, program.post("/submissions", json=body()).json()["id"])

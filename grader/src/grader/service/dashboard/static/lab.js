@@ -42,7 +42,8 @@ const live = new Live(box, async (id) => {
     const verdict = result.querySelector(".verdict");
     byId("said").textContent = `Graded: ${verdict.textContent.trim()}. ${verdict.nextElementSibling?.textContent ?? ""}`;
     const status = byId("lab-status");
-    if (status && result.querySelector('[data-status="verified"]')) {
+    // Once verified, a lab stays so; a cancelled attempt says nothing about it.
+    if (status && result.querySelector("[data-status]") && !status.querySelector(".is-verified")) {
       status.replaceChildren(...verdict.cloneNode(true).childNodes);
     }
   } catch (error) {
