@@ -195,7 +195,7 @@ def test_an_old_browser_says_its_origin_instead(site: Site):
         assert ben.post("/sign-out", headers=old).status_code == 303
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8300", "127.0.0.1.evil.example"])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8300", "127.0.0.1.evil.example", "[", "[::1"])
 def test_a_foreign_name_for_this_machine_reaches_nothing(site: Site, host: str):
     with site.browser(Host=host) as rebound:
         for path in ("/", "/sign-in", "/api/v1/health"):

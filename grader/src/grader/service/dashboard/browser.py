@@ -29,12 +29,16 @@ class HostCheck:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         public = urlsplit(settings.public_url).hostname if settings.public_url else None
-        self._names = _LOOPBACK | {public} if public or is_loopback(settings.host) else None
+        restricted = public is not None or is_loopback(settings.host)
+        self._names = {*_LOOPBACK, *filter(None, [public])} if restricted else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse."""
         if scope["type"] == "http" and self._names is not None:
-            named = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
+            try:
+                named = urlsplit(f"//{Headers(scope=scope).get('host', '')}").hostname
+            except ValueError:  # brackets without an address
+                named = None
             if named not in self._names:
                 refusal = problems.problem(
                     421, f"this server is not {named}; TOPEKA_PUBLIC_URL names the address behind a proxy"
