@@ -50,6 +50,10 @@ def test_tests_that_wait_for_unwritten_code_are_left_out():
 def test_fingerprints_ignore_small_differences_addresses_and_places_in_the_code():
     assert fingerprint("error 1.23456e-3 at 7") == fingerprint("error 1.23999e-3 at 7")
     assert fingerprint("error 1.2 at 7") != fingerprint("error 1.2 at 8")
+    file = "{}/topeka-job-{}/tmp/pytest/test_x0/{}: not a header"
+    here, there = file.format("/tmp", "12-ab_9", "a"), file.format("/var/other", "3456-zz", "a")
+    assert fingerprint(here) == fingerprint(there)
+    assert fingerprint(here) != fingerprint(file.format("/tmp", "12-ab_9", "b"))
     assert fingerprint("<f at 0x7f01> failed") == fingerprint("<f at 0x7fff> failed")
     frame = '  File "src/a.py", line {}\n    x = y\nNameError: y'
     assert fingerprint(frame.format(3)) == fingerprint(frame.format(99))

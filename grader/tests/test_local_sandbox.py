@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from grader.catalog import Catalog
+from grader.diagnosis import fingerprint
 from grader.grading import grade_lab
 from grader.report import LabReport, Outcome, Status
 from grader.runner.protocol import Job, Limits
@@ -292,6 +293,14 @@ def test_a_set_in_a_message_has_the_same_order_in_every_sandbox(course, sandbox)
         messages = [[t.message for t in grade(course, where, code).tests] for where in (sandbox, other)]
     assert "'39'" in messages[0][0]
     assert messages[0] == messages[1]
+
+
+def test_the_folder_of_a_job_is_no_part_of_a_fingerprint(course, sandbox):
+    code = hostile("import tempfile\nraise ValueError(tempfile.gettempdir() + '/file')")
+    with LocalSandbox(threads=1) as other:
+        messages = [grade(course, where, code).tests[0].message for where in (sandbox, other)]
+    assert messages[0] != messages[1]
+    assert fingerprint(messages[0]) == fingerprint(messages[1])
 
 
 def test_a_job_brings_the_texts_that_its_lab_trains_on(course, sandbox):

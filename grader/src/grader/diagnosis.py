@@ -26,6 +26,8 @@ _SAME_TEST = 0.4
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:e[-+]?\d+)?")
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
+# Each job has a folder of its own, and messages may name files in it.
+_WORK_FOLDER = re.compile(r"[^\s'\"]*/topeka-job-\d+-\w+/")
 _FRAME = re.compile(r'^ {2}File ".*$\n^ {4}.*$\n?', re.MULTILINE)
 
 
@@ -35,8 +37,10 @@ def signature(tests: Sequence[TestResult]) -> dict[str, str]:
 
 
 def fingerprint(message: str) -> str:
-    """Return a short hash of `message` without code positions, its numbers rounded to two digits."""
-    text = _NUMBER.sub(lambda m: f"{float(m.group()):.1e}", _ADDRESS.sub("", _FRAME.sub("", message)))
+    """Return a short hash of `message` without code positions and work folders, its numbers rounded to two digits."""
+    for varies in (_FRAME, _WORK_FOLDER, _ADDRESS):
+        message = varies.sub("", message)
+    text = _NUMBER.sub(lambda m: f"{float(m.group()):.1e}", message)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
