@@ -328,6 +328,7 @@ def test_lowering_the_runners_limits_ends_the_container_and_forges_nothing(attac
     """The kernel lets a process set limits of others of its user; the runner then fails, as an error."""
     body = """
     import resource
+    time.sleep(0.5)  # the runner tells that the test has begun, as long as it can
     resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))
     resource.prlimit(1, resource.RLIMIT_AS, (0, 0))
     time.sleep(1e6)
