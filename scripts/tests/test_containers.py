@@ -177,8 +177,10 @@ def test_a_browser_logs_into_code_server_and_opens_a_lab_file(workspace, page):
     page.wait_for_selector(".monaco-workbench", timeout=60_000)
     page.keyboard.press("Control+P")
     page.keyboard.type("ch01 lab01 src attention.py", delay=20)
-    page.wait_for_selector(".quick-input-list .monaco-list-row:has-text('attention.py')", timeout=60_000)
-    page.keyboard.press("Enter")
+    # The list goes on filling while the files are searched, so its first row need not be the wanted one yet.
+    page.click(
+        f".quick-input-list .monaco-list-row:has-text('{LAB_FILE.rpartition('/')[0]}')", timeout=60_000
+    )
     page.wait_for_selector(".monaco-editor .view-lines:has-text('softmax')", timeout=60_000)
     page.screenshot(path=SHOTS / "code-server.png")
 
@@ -388,12 +390,6 @@ def test_every_service_restarts_rotates_its_log_and_drops_its_capabilities():
             assert service["logging"]["options"]["max-size"]
             assert service["cap_drop"] == ["ALL"]
             assert service["security_opt"] == ["no-new-privileges:true"]
-
-
-def test_the_documented_settings_are_the_used_ones():
-    used = set(re.findall(r"\$\{(TOPEKA_\w+)", (ROOT / "compose.yaml").read_text()))
-    documented = set(re.findall(r"^(TOPEKA_\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    assert used == documented
 
 
 # --- devcontainer ------------------------------------------------------------------------------------
