@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -167,6 +168,47 @@ def test_a_container_that_died_while_it_waited_is_replaced(course, docked, engin
     for future in docked._waiting:
         engine.containers.get(future.result().container.id).kill()
     assert grade_lab(course, course.labs[0], docked, code(RIGHT), cache=cache).status is Status.VERIFIED
+
+
+# --- jobs that may run only once ------------------------------------------------------------------------
+
+
+def test_a_sole_jobs_container_has_its_name_and_ends_the_earlier_attempt(course, image, engine, cache):
+    """As when a worker was cut off, its container works on, and the submission is graded again elsewhere."""
+    name = f"topeka-sole-{os.getpid()}"
+    job, tar = hanging_job(course)
+    with DockerSandbox(image=image, preload=("numpy",), limits=SMALL) as first:
+        events = first.run(replace(job, id=name.removeprefix("topeka-"), sole=True), tar)
+        assert next(events)["event"] == "started"
+        earlier = engine.containers.get(name)
+        assert earlier.status == "running"
+        report = grade_lab(
+            course, course.labs[0], first, code(RIGHT), cache=cache, job_id=name.removeprefix("topeka-")
+        )
+        assert report.status is Status.VERIFIED
+        with pytest.raises(SandboxFailed, match="ended in the middle"):
+            list(events)
+
+
+def test_a_container_that_is_not_ours_keeps_its_name(course, image, engine, cache):
+    stranger = engine.containers.create(image, name=f"topeka-stranger-{os.getpid()}")
+    try:
+        with DockerSandbox(image=image, preload=("numpy",), limits=SMALL) as sandbox:
+            report = grade_lab(
+                course,
+                course.labs[0],
+                sandbox,
+                code(RIGHT),
+                cache=cache,
+                job_id=f"stranger-{os.getpid()}",
+            )
+        assert report.status is Status.ERROR
+        assert report.reason == (
+            f"a container that is not ours has the name topeka-stranger-{os.getpid()}: rename or remove it"
+        )
+        stranger.reload()  # it is still there
+    finally:
+        stranger.remove(force=True)
 
 
 # --- clients that leave -------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def grade_lab(
     only: Callable[[str], bool] | None = None,
     timeout_s: float | None = None,
     cache: Path | None = None,
+    job_id: str = "",
     on_event: OnEvent | None = None,
 ) -> LabReport:
     """Grade one lab with the given source files.
@@ -111,6 +112,7 @@ def grade_lab(
         only: says of a test's name whether it is to run; the report then holds no others.
         timeout_s: instead of the lab's own.
         cache: folder for expected test sets.
+        job_id: what the run is called; anything that still runs by this name is ended first. Empty for a new one.
         on_event: called with every event.
     """
     if lab.planned:
@@ -129,7 +131,8 @@ def grade_lab(
     left_out = 0 if slow else sum(t.slow for t in expected)
     expected = tuple(t for t in expected if slow or not t.slow)
     job = Job(
-        id=f"{lab.id}-{time.monotonic_ns()}",
+        id=job_id or f"{lab.id}-{time.monotonic_ns()}",
+        sole=bool(job_id),
         folder=f"{lab.path.parent.name}/{lab.path.name}",
         preload=lab.preload,
         slow=slow,

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from grader.catalog import Catalog
-from grader.report import Report, TestResult
+from grader.report import Report, Status, TestResult
 from grader.service import accounts
 from grader.service.api import Service, create_app
 from grader.service.dashboard import sign_in_link
@@ -25,6 +25,7 @@ from grader import diagnosis
 
 from .conftest import RIGHT, WRONG, body, graded, url_of
 from .dashboard_site import Site, open_site
+from .own import until
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,21 @@ def test_what_the_command_verified_counts_for_the_owner_and_nobody_else(site: Si
         assert "1 of 2 labs verified" in owner.get("/").text
         assert checkout.statuses() == {"ch01/lab01": "verified"}
         assert "0 of 2 labs verified" in eve.get("/").text
+
+
+def test_what_the_owner_grades_here_counts_for_topeka_progress_and_others_work_does_not(site: Site):
+    checkout = State(site.running.catalog.root / ".topeka")
+    before = checkout.count("ch01/lab01")
+    with site.api("ada") as program:
+        graded(program, program.post("/submissions", json=body(WRONG + "# ada's")).json()["id"])
+    with site.browser() as owner:
+        assert owner.get(site.new_link()).status_code == 303
+        found = owner.post("/api/v1/submissions", json=body(WRONG + "# mine")).json()["id"]
+        until(lambda: owner.get(f"/api/v1/submissions/{found}").json()["state"] == "graded")
+    until(lambda: checkout.count("ch01/lab01") == before + 1)
+    last = checkout.last("ch01/lab01")
+    assert last is not None
+    assert last.report.status is Status.FAILED
 
 
 # --- requests from elsewhere -------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Job:
     """One run of one lab's tests.
 
     Attributes:
-        id: chosen by the sandbox, unique among its jobs.
+        id: names the job in events and, where it is `sole`, its container.
         folder: the lab's folder below `labs/`, such as `ch01_attention/lab01_dot_product`.
         mode: `grade` runs the tests, `collect` only lists them.
         preload: modules to import before forking.
@@ -83,6 +83,7 @@ class Job:
         seed: shifts the random inputs of every test.
         trust: `strict` runs the code under test in a process of its own.
         tests: names of the only tests to run, below the lab's folder; empty for all.
+        sole: whether whatever else runs under this id is a left-over, to be ended first.
         limits: what the job may use.
     """
 
@@ -94,6 +95,7 @@ class Job:
     seed: int = 0
     trust: Literal["same_process", "strict"] = "same_process"
     tests: tuple[str, ...] = ()
+    sole: bool = False
     limits: Limits = field(default_factory=Limits)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import docker
 import psutil
-from docker.errors import APIError, DockerException, ImageNotFound
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.types import DeviceRequest, LogConfig, Ulimit
 from docker.utils.socket import STDOUT, frames_iter
@@ -33,6 +33,7 @@ from grader.sandbox import SANDBOX_IMAGE, Isolation, SandboxFailed
 _LABEL, _CLIENT = "topeka.sandbox", "topeka.client"
 _START = ["/opt/topeka/bin/start", "--stdio"]
 _READY_WITHIN_S = 120.0
+_NAMED_WITHIN_S = 20.0
 _TAIL_BYTES = 4_000
 _FLAGS = (
     "single-use container",
@@ -197,6 +198,8 @@ class DockerSandbox:
     def run(self, job: Job, tar: bytes) -> Iterator[Event]:
         """Run a job in a container of its own; yields its events, the last of them `finished`.
 
+        The container of a sole job is named after it.
+
         Raises:
             SandboxFailed: the container or the engine ended in the middle, or none could be started.
         """
@@ -215,6 +218,8 @@ class DockerSandbox:
         timer.daemon = True
         timer.start()
         try:
+            if job.sole:
+                self._take_name(warm, container_name(job.id))
             with contextlib.suppress(BrokenPipeError, ConnectionError):  # the read below says why
                 send_job(warm, job, tar)
             for line in warm.lines:
@@ -316,6 +321,27 @@ class DockerSandbox:
                 raise
             raise SandboxFailed(f"no container of {self._image} could be started: {_words(error)}") from error
 
+    def _take_name(self, warm: _Warm, name: str) -> None:
+        """Give a container its name, and end whatever had it before: an earlier attempt whose client died."""
+        until = time.monotonic() + _NAMED_WITHIN_S
+        while True:
+            try:
+                warm.container.rename(name)
+                return
+            except APIError as error:
+                if error.status_code != 409:
+                    raise
+            if time.monotonic() > until:
+                raise SandboxFailed(f"another container has the name {name}, and cannot be removed")
+            with contextlib.suppress(NotFound):
+                left_over = self._client.containers.get(name)
+                if _LABEL not in left_over.labels:
+                    raise SandboxFailed(
+                        f"a container that is not ours has the name {name}: rename or remove it"
+                    )
+                _remove(left_over)
+            time.sleep(0.1)  # the engine frees a name a moment after the container is gone
+
     def _wait_until_ready(self, warm: _Warm) -> Machine:
         timer = threading.Timer(_READY_WITHIN_S, _remove, [warm.container])
         timer.daemon = True
@@ -337,6 +363,11 @@ class DockerSandbox:
     def _discard(self, container: Container) -> None:
         if not _remove(container):
             self._lost.append(container)
+
+
+def container_name(job_id: str) -> str:
+    """Return the name of the container in which a sole job runs."""
+    return f"topeka-{job_id}"
 
 
 def connect() -> docker.DockerClient:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from socket import IPPROTO_TCP, TCP_NODELAY
 from socket import socket as Socket
@@ -17,16 +18,20 @@ from sqlalchemy.exc import DBAPIError
 from grader.catalog import Catalog
 from grader.errors import COULD_NOT_RUN, OK, TopekaError
 from grader.machine import describe
+from grader.report import Report
 from grader.sandbox import Sandbox, SandboxFailed
 from grader.service import dashboard, work_queue
 from grader.service.api import Service, create_app
+from grader.service.dashboard.sessions import has_local_owner, local_owner
 from grader.service.database import Database, DatabaseUnusable
 from grader.service.hardware import all_queues, queues_here, stack_here
 from grader.service.logs import log_as_json
+from grader.service.models import Submission
 from grader.service.settings import Settings
 from grader.service.upkeep import Upkeep
 from grader.service.work_queue import WorkQueue
 from grader.service.worker import GradingWorker, WorkerRefused
+from grader.state import State, StateUnusable
 
 log = logging.getLogger("topeka.serve")
 
@@ -88,7 +93,14 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
             sandbox, stack = make_sandbox()
             # Nobody else will take what this machine cannot verify: its report then says so, test by test.
             worker = GradingWorker(
-                database, settings, catalog, sandbox, queues=all_queues(catalog), stack=stack, cache=cache
+                database,
+                settings,
+                catalog,
+                sandbox,
+                queues=all_queues(catalog),
+                stack=stack,
+                cache=cache,
+                on_graded=partial(_remember_own, database, settings, catalog),
             )
             worker.start()
         upkeep.start()
@@ -103,6 +115,21 @@ def serve(catalog: Catalog, settings: Settings, make_sandbox: SandboxMaker, cach
         if sandbox:
             sandbox.close()
         database.close()
+
+
+def _remember_own(
+    database: Database, settings: Settings, catalog: Catalog, submission_id: str, report: Report
+) -> None:
+    """Let what the owner of this machine has graded here count for `topeka progress` too."""
+    if not has_local_owner(settings):
+        return
+    try:
+        with database.session() as session:
+            if session.get_one(Submission, submission_id).user_id != local_owner(session).id:
+                return
+        State(catalog.root / ".topeka").remember(report)
+    except (OSError, StateUnusable, DBAPIError) as error:
+        log.warning("topeka progress does not know of this attempt: %s", error)
 
 
 class _Server(uvicorn.Server):

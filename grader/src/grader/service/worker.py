@@ -68,6 +68,7 @@ class GradingWorker:
         slot: int = 0,
         cache: Path | None = None,
         on_displaced: Callable[[], None] = lambda: None,
+        on_graded: Callable[[str, Report], None] = lambda *_: None,
     ) -> None:
         """Set up; nothing is taken before `start`.
 
@@ -81,12 +82,13 @@ class GradingWorker:
             slot: number of this worker on its host.
             cache: for expected test sets.
             on_displaced: called, from another thread, when this worker must end since another has its id.
+            on_graded: called with a submission's id and its report once that is the final one; raises nothing.
         """
         self._host = settings.worker_host or socket.gethostname()
         self.id = f"{self._host}/{slot}"
         self._database, self._settings, self._catalog = database, settings, catalog
         self._sandbox, self._stack, self._cache = sandbox, stack, cache
-        self._queues, self._on_displaced = tuple(queues), on_displaced
+        self._queues, self._on_displaced, self._on_graded = tuple(queues), on_displaced, on_graded
         # Draining: take nothing more. Given up: what still runs is somebody else's from now on.
         self._draining, self._given_up, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._well = threading.Event()  # not set while the sandbox does not work
@@ -188,6 +190,8 @@ class GradingWorker:
                 continue
             document = self._document(created, time.monotonic() - started, report)
             counts = self._patiently(partial(self._finish, submission_id, begun.attempt, document))
+            if counts:
+                self._on_graded(submission_id, document)
             log.info(
                 "graded" if counts else "graded in vain: another attempt or a cancellation came first",
                 extra={
@@ -230,6 +234,7 @@ class GradingWorker:
                 slow=begun.slow,
                 trust=self._settings.trust if lab.strict else Trust.SAME_PROCESS,
                 cache=self._cache,
+                job_id=submission_id,
                 on_event=batches.take,
             )
         return report, observed.failed
