@@ -1,14 +1,19 @@
 // What every page does: times in the reader's own zone, and pages that renew themselves.
 
-const short = { month: "short", day: "numeric", hour: "numeric", minute: "2-digit" };
-const thisYear = new Intl.DateTimeFormat(undefined, short);
-const anyYear = new Intl.DateTimeFormat(undefined, { ...short, year: "numeric" });
+// Made when the first time is met: a formatter takes ten milliseconds, and the map has no times.
+let formats;
+
+function format(moment) {
+  if (!formats) {
+    const short = { month: "short", day: "numeric", hour: "numeric", minute: "2-digit" };
+    formats = [new Intl.DateTimeFormat(undefined, short), new Intl.DateTimeFormat(undefined, { ...short, year: "numeric" })];
+  }
+  return formats[moment.getFullYear() === new Date().getFullYear() ? 0 : 1].format(moment);
+}
 
 export function localTimes(root) {
   for (const time of root.querySelectorAll("time[datetime]")) {
-    const moment = new Date(time.dateTime);
-    const format = moment.getFullYear() === new Date().getFullYear() ? thisYear : anyYear;
-    time.textContent = format.format(moment);
+    time.textContent = format(new Date(time.dateTime));
   }
 }
 
