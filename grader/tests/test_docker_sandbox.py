@@ -21,10 +21,11 @@ from pathlib import Path
 import psutil
 import pytest
 from docker.errors import DockerException
+from grader.catalog import load
 from grader.expected import expected_tests
 from grader.grading import grade, grade_lab
 from grader.machine import describe
-from grader.report import Status
+from grader.report import Status, Trust
 from grader.runner.protocol import Job, Limits
 from grader.sandbox import SandboxFailed
 from grader.sandbox.docker import ContainerLimits, DockerSandbox, EngineUnusable, connect, is_available, sweep
@@ -168,6 +169,45 @@ def test_a_container_that_died_while_it_waited_is_replaced(course, docked, engin
     for future in docked._waiting:
         engine.containers.get(future.result().container.id).kill()
     assert grade_lab(course, course.labs[0], docked, code(RIGHT), cache=cache).status is Status.VERIFIED
+
+
+# --- strict trust ---------------------------------------------------------------------------------------
+
+WHO_AM_I = """
+import os
+
+def double(x):
+    with open("/proc/self/status") as file:
+        capabilities = [line.split()[1] for line in file if line.startswith("CapEff")]
+    raise ValueError(f"uid {os.getuid()} gid {os.getgid()} groups {os.getgroups()} caps {int(capabilities[0], 16)}")
+
+def is_even(n):
+    return n % 2 == 0
+"""
+
+
+def test_strict_code_has_a_user_of_its_own_and_no_capabilities(course, image, cache):
+    manifest = course.labs[0].path.parent / "chapter.toml"
+    manifest.write_text(manifest.read_text().replace("[[lab]]", "[[lab]]\nstrict = true", 1))
+    lab = load(course.root).labs[0]
+    users = {}
+    with DockerSandbox(image=image, preload=("torch",), threads=1, limits=SMALL) as sandbox:
+        for trust in (Trust.STRICT, Trust.SAME_PROCESS, Trust.STRICT):
+            report = grade_lab(course, lab, sandbox, code(WHO_AM_I), trust=trust, cache=cache)
+            assert report.status is Status.FAILED
+            assert report.trust_gaps == ()
+            found = re.search(r"uid (\d+) gid (\d+) groups \[(\d*)\] caps 0\b", report.tests[0].message)
+            assert found, report.tests[0].message
+            users[trust] = int(found[1])
+            strict = trust is Trust.STRICT
+            assert ("non-root user" in sandbox.isolation.flags) is not strict
+            assert any("of its own for the code under test" in f for f in sandbox.isolation.flags) is strict
+            if strict:
+                assert found[3] == ""
+                right = grade_lab(course, lab, sandbox, code(RIGHT), trust=trust, cache=cache)
+                assert right.status is Status.VERIFIED, right.reason
+    assert 64_000 <= users[Trust.STRICT] < 65_000
+    assert 20_000 <= users[Trust.SAME_PROCESS] < 60_000
 
 
 # --- jobs that may run only once ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ no descriptor for events, no report. Where the runner may, it gets a user of its
 
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import stat
@@ -18,7 +19,8 @@ from grader.runner import audit, landlock, reaper
 from grader.runner.integrity import Snapshot
 from grader.runner.protocol import Job
 
-# Of users that no system gives out; which of them, decides the number of the runner.
+# Of users that no system gives out. Which of them is left to chance: containers of one host share their numbers, and
+# the kernel counts by number what a user has.
 _FIRST_USER, _USERS = 64_000, 1_000
 _KEPT = ("PATH", "LANG", "LC_ALL", "OMP_NUM_THREADS", "PYTHONHASHSEED", "CUDA_VISIBLE_DEVICES")
 _SOCKET = 3
@@ -83,7 +85,7 @@ def start(job: Job, work: Path, tars: list[bytes], output: int, snapshot: Snapsh
         snapshot: of everything before.
     """
     ours, theirs = socket.socketpair()
-    user = None if why_same_user() else _FIRST_USER + os.getpid() % _USERS
+    user = None if why_same_user() else _FIRST_USER + secrets.randbelow(_USERS)
     if user is not None:
         for path in (work, *work.rglob("*")):
             os.chown(path, user, user)

@@ -44,6 +44,13 @@ _FLAGS = (
     "non-root user",
     "limits on memory, CPU, processes, files and time",
 )
+# For strict trust the runner gives the code under test a user of its own, which has no capabilities either.
+_TWO_USERS = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"]
+_STRICT_FLAGS = (
+    *(flag for flag in _FLAGS if flag not in ("no capabilities", "non-root user")),
+    "no capabilities and a non-root user of its own for the code under test",
+    "capabilities for the tests only to keep users apart",
+)
 _ENGINE_ERRORS = (DockerException, RequestException, OSError)
 
 
@@ -81,7 +88,7 @@ class _Warm:
 
     container: Container
     stream: Any
-    preload: tuple[str, ...]
+    strict: bool
     said: bytearray = field(default_factory=bytearray)  # the tail of what the runner printed
     lines: Iterator[bytes] = field(init=False)  # of its event channel
 
@@ -150,18 +157,24 @@ class DockerSandbox:
             ) from error
         except _ENGINE_ERRORS as error:
             raise EngineUnusable(f"the Docker Engine does not work: {error}") from error
-        self.isolation = Isolation(
-            sandbox="docker",
-            isolated=True,
-            note="isolated: each lab ran in a container of its own, without network and with limits",
-            image_digest=str(found.id),
-            flags=_FLAGS,
-        )
+        self._digest = str(found.id)
+        self._strict = False  # what the last job asked for, and the next one probably will
         self._machine: Machine | None = None
         self._starters = ThreadPoolExecutor(max_workers=max(1, pool), thread_name_prefix="container")
         self._waiting: list[Future[_Warm]] = []
         self._lost: list[Container] = []  # to be removed once the engine answers again
         self._closed = False
+
+    @property
+    def isolation(self) -> Isolation:
+        """What kept the last job in, or will the first."""
+        return Isolation(
+            sandbox="docker",
+            isolated=True,
+            note="isolated: each lab ran in a container of its own, without network and with limits",
+            image_digest=self._digest,
+            flags=_STRICT_FLAGS if self._strict else _FLAGS,
+        )
 
     @property
     def machine(self) -> Machine:
@@ -203,6 +216,7 @@ class DockerSandbox:
         Raises:
             SandboxFailed: the container or the engine ended in the middle, or none could be started.
         """
+        self._strict = job.trust == "strict"
         self.start()
         warm = self._take(job.preload)
         self._fill(job.preload)
@@ -255,23 +269,25 @@ class DockerSandbox:
 
     def _fill(self, preload: tuple[str, ...]) -> None:
         while len(self._waiting) < self._pool_size and not self._closed:
-            self._waiting.append(self._starters.submit(self._launch, preload))
+            self._waiting.append(self._starters.submit(self._launch, preload, self._strict))
 
     def _take(self, preload: tuple[str, ...]) -> _Warm:
         self._fill(preload)
         trouble: SandboxFailed | None = None
         for _ in range(self._pool_size + 2):
             try:
-                warm = self._waiting.pop(0).result() if self._waiting else self._launch(preload)
+                warm = self._waiting.pop(0).result() if self._waiting else self._launch(preload, self._strict)
             except SandboxFailed as error:
                 trouble = error
                 continue
-            if _is_running(warm):
+            if warm.strict == self._strict and _is_running(warm):
                 return warm
-            self._destroy(warm)  # died while it waited: the engine was restarted, say
+            self._destroy(
+                warm
+            )  # of the other kind, or it died while it waited: the engine was restarted, say
         raise trouble or SandboxFailed("containers end while they wait for a job")
 
-    def _launch(self, preload: tuple[str, ...]) -> _Warm:
+    def _launch(self, preload: tuple[str, ...], strict: bool) -> _Warm:
         limits = self._limits
         cpus = min(limits.cpus or self._cores, self._cores)
         mine = psutil.Process()
@@ -283,11 +299,12 @@ class DockerSandbox:
                 entrypoint=_START,  # as the container's first process, which no other can kill or look into
                 command=[],
                 stdin_open=True,
-                user=_some_user(),
+                user="0:0" if strict else _some_user(),
                 network_mode="none",
                 read_only=True,
                 tmpfs={"/tmp": f"rw,exec,nosuid,nodev,size={limits.scratch_bytes},mode=1777"},
                 cap_drop=["ALL"],
+                cap_add=_TWO_USERS if strict else [],
                 security_opt=["no-new-privileges"],
                 mem_limit=limits.memory_bytes,
                 memswap_limit=limits.memory_bytes,
@@ -309,7 +326,7 @@ class DockerSandbox:
             )
             stream = container.attach_socket(params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
             container.start()
-            warm = _Warm(container, stream, preload)
+            warm = _Warm(container, stream, strict)
             self._machine = self._wait_until_ready(warm)
             return warm
         except BaseException as error:  # Ctrl-C too must leave none behind

@@ -24,6 +24,7 @@ from limits.strategies import MovingWindowRateLimiter
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
@@ -36,13 +37,12 @@ from grader.service.database import Database
 from grader.service.hardware import queue_of
 from grader.service.metrics import Metrics
 from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
+from grader.service.news import News
 from grader.service.problems import Problem, documented
 from grader.service.records import best, visible
 from grader.service.settings import Settings
 from grader.service.work_queue import WorkQueue
 
-# How often a watcher's connection looks for news.
-WATCH_S = 0.1
 _LAB_ID = r"^ch\d\d/lab\d\d$"
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 # More than any lab has files.
@@ -150,6 +150,7 @@ class Service:
         self.labs = {lab.id: lab for lab in catalog.labs}
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
         self.metrics = Metrics(settings)
+        self.news = News(database)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -399,10 +400,10 @@ def _routes(service: Service) -> APIRouter:
                 if done or await request.is_disconnected():
                     return
                 if not news:
-                    await asyncio.sleep(WATCH_S)
+                    await service.news.wait(submission_id, last)
                 try:
                     news, last, done = await asyncio.to_thread(look, last)
-                except OperationalError:
+                except (OperationalError, PoolTimeout):
                     return  # the database is away; the watcher comes back with Last-Event-ID
 
         async def counted() -> AsyncIterator[ServerSentEvent]:

@@ -112,7 +112,9 @@ class Submission(Base):
     queue: Mapped[str] = mapped_column(String(40))
     slow: Mapped[bool] = mapped_column(default=False)
     digest: Mapped[str] = mapped_column(String(64))
-    code: Mapped[bytes] = mapped_column(LargeBinary)
+    code: Mapped[bytes] = mapped_column(
+        LargeBinary, deferred=True
+    )  # read where it is needed, not by every look
     state: Mapped[str] = mapped_column(String(20), default=State.QUEUED)
     regrade_of: Mapped[str | None] = mapped_column(ForeignKey("submissions.id", ondelete="SET NULL"))
     worker_id: Mapped[str | None] = mapped_column(String(200))

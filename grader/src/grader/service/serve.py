@@ -22,7 +22,7 @@ from grader.report import Report
 from grader.sandbox import Sandbox, SandboxFailed
 from grader.service import dashboard, work_queue
 from grader.service.api import Service, create_app
-from grader.service.dashboard.sessions import has_local_owner, local_owner
+from grader.service.dashboard.sessions import has_local_owner, is_local_owner
 from grader.service.database import Database, DatabaseUnusable
 from grader.service.hardware import all_queues, queues_here, stack_here
 from grader.service.logs import log_as_json
@@ -125,7 +125,7 @@ def _remember_own(
         return
     try:
         with database.session() as session:
-            if session.get_one(Submission, submission_id).user_id != local_owner(session).id:
+            if not is_local_owner(session, session.get_one(Submission, submission_id).user_id):
                 return
         State(catalog.root / ".topeka").remember(report)
     except (OSError, StateUnusable, DBAPIError) as error:

@@ -72,16 +72,29 @@ def local_owner(session: Session) -> User:
 
     They are an instructor, since it is their queue and their worker.
     """
+    found = _owner_or_name(session)
+    if isinstance(found, User):
+        return found
+    user = User(name=found, role=Role.INSTRUCTOR)
+    session.add(user)
+    session.flush()
+    return user
+
+
+def is_local_owner(session: Session, user_id: str) -> bool:
+    """Whether that user owns this machine's own service."""
+    found = _owner_or_name(session)
+    return isinstance(found, User) and found.id == user_id
+
+
+def _owner_or_name(session: Session) -> User | str:
+    """Return the owner, or the name they will have: a learner may have the system's name for them."""
     name = getpass.getuser()
-    while True:
-        user = session.scalar(select(User).where(User.name == name))
-        if user is None:
-            user = User(name=name, role=Role.INSTRUCTOR)
-            session.add(user)
-            session.flush()
+    while user := session.scalar(select(User).where(User.name == name)):
         if user.role == Role.INSTRUCTOR:
             return user
         name += " (owner)"
+    return name
 
 
 def begin(session: Session, user_id: str, token_id: str | None) -> str:

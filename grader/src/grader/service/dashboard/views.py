@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session, defer, load_only
+from sqlalchemy.orm import Session, load_only
 
 from grader.catalog import Chapter, Lab
 from grader.service import records
@@ -164,10 +164,8 @@ def _milestones(session: Session, service: "Service", user_id: str) -> dict[str,
     }
 
 
-# Submissions with their users' names; their code stays in the database.
-_LISTED = (
-    select(Submission, User.name).join(User, User.id == Submission.user_id).options(defer(Submission.code))
-)
+# Submissions with their users' names.
+_LISTED = select(Submission, User.name).join(User, User.id == Submission.user_id)
 
 
 # --- one submission ---------------------------------------------------------------------------------

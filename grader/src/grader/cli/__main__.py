@@ -1,0 +1,5 @@
+"""`python -m grader.cli` is `topeka`."""
+
+from grader.cli import main
+
+main()
