@@ -20,7 +20,7 @@ APPLICATION, VERSION = "topeka", "1"
 _WORKFLOW = "grade_submission"
 # How often an idle worker looks, on one machine and on many: each look costs a query, and nobody notices the wait
 # where tests take seconds, as in every queue but the first.
-POLL_S, POLL_MANY_S, FIRST_QUEUE, POLL_OTHERS_S = 0.2, 0.1, "cpu", 0.5
+POLL_S, POLL_MANY_S, FIRST_QUEUE, POLL_OTHERS_S = 0.2, 0.1, "cpu", 1.0
 
 
 def prepare(database: Database) -> None:
