@@ -22,6 +22,7 @@ from typing import Dict, List, NoReturn, Optional  # noqa: UP035 - old Pythons k
 
 ROOT = Path(__file__).resolve().parents[1]
 CREDENTIALS = ROOT / ".topeka" / "credentials.env"
+LINK = ROOT / ".topeka" / "dashboard" / "link"
 STACK_OF = {"cpu": "cpu", "gpu": "cuda", "multi-gpu": "multi-gpu"}
 PROFILE_OF = {stack: profile for profile, stack in STACK_OF.items()}
 
@@ -196,7 +197,22 @@ def print_addresses(profile: str) -> None:
     code = output_of(*compose(profile, "port", service, "8080")) or "127.0.0.1:8080"
     print(f"JupyterLab   http://{jupyter}/lab?token={token}")
     print(f"code-server  http://{code}/  password {password}")
-    print(f"(both are kept in {CREDENTIALS.relative_to(ROOT)}, which only you can read)\n", flush=True)
+    if link := dashboard_link(output_of(*compose(profile, "port", service, "8300")) or "127.0.0.1:8300"):
+        print(f"dashboard    {link}  (signs one browser in)")
+    print(
+        f"(both passwords are kept in {CREDENTIALS.relative_to(ROOT)}, which only you can read)\n", flush=True
+    )
+
+
+def dashboard_link(address: str) -> str:
+    """Return the link that the dashboard wrote, with the address it has here; empty if it does not run."""
+    deadline = time.monotonic() + 20
+    while not LINK.exists():
+        if time.monotonic() > deadline:
+            say("the dashboard has not started; .topeka/dashboard/server.log says why")
+            return ""
+        time.sleep(0.1)
+    return re.sub(r"^http://[^/]+", f"http://{address}", LINK.read_text().strip())
 
 
 def stop() -> None:

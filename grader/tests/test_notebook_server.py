@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from grader.notebook_server import FIRST_PORT, NotebookServerFailed, Server, start, stop
+from grader.background import ServerFailed
+from grader.notebook_server import FIRST_PORT, Server, start, stop
 
 # What a user's own configuration might say, and must not have its way.
 CARELESS = """
@@ -187,9 +188,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_server_that_ends_at_once(tmp_path: Path, broken: Path) -> None:
     broken.write_text("print('line one'); raise SystemExit('the reason is this')")
-    with pytest.raises(
-        NotebookServerFailed, match=r"ended at once \(exit status 1\)(.|\n)*the reason is this"
-    ):
+    with pytest.raises(ServerFailed, match=r"ended at once \(exit status 1\)(.|\n)*the reason is this"):
         start(tmp_path, tmp_path / ".topeka")
     assert stop(tmp_path / ".topeka") is False
 
@@ -201,6 +200,6 @@ def test_a_server_that_never_answers_is_ended(tmp_path: Path, broken: Path) -> N
         f"Path({str(tmp_path / 'pids')!r}).write_text(f'{{child.pid}}'); print('started', flush=True)\n"
         "time.sleep(60)"
     )
-    with pytest.raises(NotebookServerFailed, match=r"did not answer within 2 s(.|\n)*started"):
+    with pytest.raises(ServerFailed, match=r"did not answer within 2 s(.|\n)*started"):
         start(tmp_path, tmp_path / ".topeka", timeout_s=2)
     assert not psutil.pid_exists(int((tmp_path / "pids").read_text()))

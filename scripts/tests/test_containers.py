@@ -71,11 +71,12 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.jupyter_port, self.code_port = free_port(), free_port()
+        self.jupyter_port, self.code_port, self.dashboard_port = free_port(), free_port(), free_port()
         self.variables = {
             "COMPOSE_PROJECT_NAME": f"topeka-test-{os.getpid()}",
             "TOPEKA_JUPYTER_PORT": self.jupyter_port,
             "TOPEKA_CODE_PORT": self.code_port,
+            "TOPEKA_DASHBOARD_PORT": self.dashboard_port,
         }
         run("git", "clone", "--quiet", ROOT, folder)
         run("chown", "-R", f"{UID}:{UID}", folder)
@@ -190,6 +191,19 @@ def test_a_browser_opens_a_lab_file_in_jupyterlab(workspace, page):
     page.goto(f"{workspace.jupyter}/lab/tree/{LAB_FILE}?token={token}")
     page.wait_for_selector(".jp-FileEditor .cm-content:has-text('softmax')", timeout=60_000)
     page.screenshot(path=SHOTS / "jupyterlab.png")
+
+
+def test_a_browser_opens_the_printed_dashboard_and_grades_the_files_of_the_checkout(workspace, page):
+    again = workspace.make("lab", "CH=1").stdout
+    [link] = re.findall(rf"http://127\.0\.0\.1:{workspace.dashboard_port}/sign-in\S+", again)
+    page.goto(link)
+    page.wait_for_selector("h1:has-text('labs verified')")
+    page.screenshot(path=SHOTS / "dashboard.png")
+    page.goto(link.partition("/sign-in")[0] + "/labs/ch01/lab01")
+    page.click("#grade-mine")
+    page.wait_for_selector("#result .verdict:has-text('Nothing written yet')", timeout=60_000)
+    report = workspace.inside("topeka", "list", "--json").stdout
+    assert {row["lab"]: row["status"] for row in json.loads(report)}["ch01/lab01"] == "not_attempted"
 
 
 def test_chapter_1_is_graded_in_the_graders_container(workspace):

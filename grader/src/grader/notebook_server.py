@@ -8,25 +8,18 @@ import http.client
 import json
 import os
 import secrets
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from grader.errors import TopekaError
+from grader import background
 
 FIRST_PORT = 8888
-
-
-class NotebookServerFailed(TopekaError):
-    """JupyterLab could not be started or ended; the message has the end of its log."""
+WHAT = "JupyterLab"
 
 
 class Server(BaseModel):
@@ -74,43 +67,34 @@ def start(root: Path, state_dir: Path, timeout_s: float = 60) -> Server:
         timeout_s: how long JupyterLab may take to answer.
 
     Raises:
-        NotebookServerFailed: it ended or did not answer in time.
+        ServerFailed: it ended or did not answer in time.
     """
-    with _locked(state_dir) as files:
+    files = _files(state_dir)
+    with background.locked(files.folder, WHAT):
         running = _running(files)
         if running is not None:
             if _answers_within(5, running):
                 return running
-            _end(running.pid)
+            background.end(running.pid, WHAT)
         return _launch(root.resolve(), files, timeout_s)
 
 
 def stop(state_dir: Path) -> bool:
     """End the checkout's JupyterLab with its kernels and terminals; return whether one was running."""
-    if not _Files(state_dir / "jupyter").server.exists():
+    if not _files(state_dir).server.exists():
         return False
-    with _locked(state_dir) as files:
+    files = _files(state_dir)
+    with background.locked(files.folder, WHAT):
         running = _running(files)
         if running is not None:
-            _end(running.pid)
+            background.end(running.pid, WHAT)
         for file in (files.server, files.config):
             file.unlink(missing_ok=True)
     return running is not None
 
 
-@contextmanager
-def _locked(state_dir: Path) -> Iterator[_Files]:
-    """Let one process at a time look, start or stop."""
-    files = _Files(state_dir.resolve() / "jupyter")
-    files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        with FileLock(files.folder / "lock", timeout=90):
-            yield files
-    except Timeout as error:
-        raise NotebookServerFailed(
-            f"another command has been starting or stopping JupyterLab for 90 s ({files.folder / 'lock'} is held); "
-            "end it and try again"
-        ) from error
+def _files(state_dir: Path) -> _Files:
+    return _Files(state_dir.resolve() / "jupyter")
 
 
 # --- is one running? -------------------------------------------------------------------------
@@ -177,42 +161,26 @@ def _launch(root: Path, files: _Files, timeout_s: float) -> Server:
         "PasswordIdentityProvider": {"hashed_password": "", "password_required": False},
         "LabApp": {"check_for_updates_class": "jupyterlab.NeverCheckForUpdate", "news_url": None},
     }
-    _write_private(files.config, json.dumps(config, indent=1))
-    _write_private(files.log, "")
-    with files.log.open("a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", _config_option(files)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=root,
-            env=_environment(),
-            start_new_session=True,  # it outlives this terminal
-        )
+    background.write_private(files.config, json.dumps(config, indent=1))
+    process = background.launch(
+        [sys.executable, "-m", "jupyterlab", _config_option(files)],
+        root,
+        files.log,
+        background.environment("JUPYTER_TOKEN", "JUPYTER_PORT"),
+    )
     # The server writes this file when it listens; only it knows which port was free.
     info = Path(jupyter_runtime_dir()) / f"jpserver-{process.pid}.json"
-    deadline = time.monotonic() + timeout_s
-    try:
-        while time.monotonic() < deadline:
-            if (code := process.poll()) is not None:
-                raise NotebookServerFailed(
-                    f"JupyterLab ended at once (exit status {code}). {_end_of(files.log)}"
-                )
-            if (port := _port(info)) is not None:
-                url = f"http://127.0.0.1:{port}/lab?token={token}"
-                server = Server(url=url, port=port, token=token, pid=process.pid, log=files.log)
-                if _answers(server):
-                    _write_private(files.server, server.model_dump_json(indent=1))
-                    process.returncode = 0  # Popen would warn that it still runs, which is what we want
-                    return server
-            time.sleep(0.05)
-        raise NotebookServerFailed(
-            f"JupyterLab did not answer within {timeout_s:.0f} s. {_end_of(files.log)}"
-        )
-    except BaseException:  # Ctrl-C too
-        _end(process.pid)
-        process.wait()
-        raise
+
+    def server() -> Server:
+        port = _port(info) or 0
+        url = f"http://127.0.0.1:{port}/lab?token={token}"
+        return Server(url=url, port=port, token=token, pid=process.pid, log=files.log)
+
+    background.until_ready(
+        process, lambda: _port(info) is not None and _answers(server()), files.log, WHAT, timeout_s
+    )
+    background.write_private(files.server, server().model_dump_json(indent=1))
+    return server()
 
 
 def _port(info: Path) -> int | None:
@@ -220,44 +188,3 @@ def _port(info: Path) -> int | None:
         return int(json.loads(info.read_text(encoding="utf-8"))["port"])
     except (OSError, ValueError):  # not there, or not whole yet
         return None
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment for the server, whose terminals know the command `topeka`."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("JUPYTER_TOKEN", "JUPYTER_PORT")}
-    programs = str(Path(sys.executable).parent)
-    environment["PATH"] = os.pathsep.join([programs, environment.get("PATH", os.defpath)])
-    if sys.prefix != sys.base_prefix:
-        environment["VIRTUAL_ENV"] = sys.prefix
-    return environment
-
-
-def _end(pid: int) -> None:
-    """End a process and everything below it: politely, and after 10 s not."""
-    try:
-        server = psutil.Process(pid)
-        family = [server, *server.children(recursive=True)]
-        server.terminate()  # shuts down its kernels and terminals
-    except psutil.NoSuchProcess:
-        return
-    psutil.wait_procs([server], timeout=10)
-    _, alive = psutil.wait_procs(family, timeout=1)
-    for process in alive:
-        process.kill()  # psutil makes sure that the number still belongs to it
-    _, alive = psutil.wait_procs(alive, timeout=5)
-    if alive:
-        raise NotebookServerFailed(f"process {alive[0].pid} of JupyterLab cannot be ended")
-
-
-def _write_private(file: Path, text: str) -> None:
-    """Write a file that only the user may read, whole or not at all."""
-    draft = file.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(text)
-    draft.replace(file)
-
-
-def _end_of(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    return "\n".join([f"The end of {log}:", *lines])

@@ -41,12 +41,15 @@ def _service_settings(catalog: "Catalog", **chosen: object) -> "Settings":
 def serve(
     host: Annotated[str | None, typer.Option(help="address to listen on; 127.0.0.1 unless chosen")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="8300 unless chosen")] = None,
+    link_file: Annotated[
+        Path | None, typer.Option(help="keep the link that signs you in there too, for your eyes only")
+    ] = None,
     database: Database = None,
     sandbox: Annotated[SandboxName, typer.Option(envvar="TOPEKA_SANDBOX")] = SandboxName.AUTO,
 ) -> None:
     """Serve the grader's API; with SQLite, the default, grade on this machine too."""
     catalog = start.catalog()
-    settings = _service_settings(catalog, host=host, port=port, database_url=database)
+    settings = _service_settings(catalog, host=host, port=port, link_file=link_file, database_url=database)
     from grader.service.serve import serve as run
 
     written = [lab for lab in catalog.labs if not lab.planned]

@@ -1,6 +1,7 @@
 """Commands about this machine, and for beginning and ending a chapter on it."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,9 +53,11 @@ def doctor(
 @commands.command()
 def lab(
     target: Annotated[str, typer.Argument(metavar="CHAPTER", help="a chapter, such as ch01 or 1")],
-    no_serve: Annotated[bool, typer.Option("--no-serve", help="do not start JupyterLab")] = False,
+    no_serve: Annotated[
+        bool, typer.Option("--no-serve", help="start no JupyterLab and no dashboard")
+    ] = False,
 ) -> None:
-    """Begin work on a chapter: start JupyterLab, list the labs, say what to do next."""
+    """Begin work on a chapter: start JupyterLab and the dashboard, list the labs, say what to do next."""
     from grader.skeleton import snapshot
     from grader.terminal import lab_table
 
@@ -75,11 +78,7 @@ def lab(
         else:
             _say_what_can_be_verified(console, chapter.stack)
     if not no_serve:
-        from grader import notebook_server
-
-        server = notebook_server.start(catalog.root, start.state_folder(catalog))
-        console.print(f"\nJupyterLab: {server.url}", markup=False, soft_wrap=True)
-        console.print("`make stop` ends it.", style="dim")
+        _serve(console, catalog.root, start.state_folder(catalog))
     console.print()
     first = next((lab for lab in labs if not lab.planned and lab.id not in state.verified()), None)
     if first is None:
@@ -89,6 +88,27 @@ def lab(
     console.print(f"Read {folder}/README.md, then run", markup=False, soft_wrap=True)
     console.print(f"  .venv/bin/topeka watch {first.id}", markup=False)
     console.print(f"and write {folder}/src/{first.files[0]}.", markup=False, soft_wrap=True)
+
+
+def _serve(console: "Console", root: Path, state_folder: Path) -> None:
+    """Start JupyterLab and the dashboard, both at a time, and say where they are."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from grader import dashboard_server, notebook_server
+    from grader.background import ServerFailed
+
+    with ThreadPoolExecutor(1) as other:
+        dashboard = other.submit(dashboard_server.start, root, state_folder)
+        notebooks = notebook_server.start(root, state_folder)
+        console.print(f"\nJupyterLab: {notebooks.url}", markup=False, soft_wrap=True)
+        try:
+            console.print(f"Dashboard:  {dashboard.result()}", markup=False, soft_wrap=True)
+        except ServerFailed as error:  # the labs can be done without
+            print(f"topeka: {error}", file=sys.stderr)
+    console.print(
+        "`make stop` ends both. The link signs one browser in; `topeka dashboard` prints the next.",
+        style="dim",
+    )
 
 
 def _say_what_can_be_verified(console: "Console", stack: str) -> None:
@@ -105,10 +125,20 @@ def _say_what_can_be_verified(console: "Console", stack: str) -> None:
 
 
 @commands.command()
-def stop() -> None:
-    """End the JupyterLab that `topeka lab` started."""
-    from grader import notebook_server
+def dashboard() -> None:
+    """Start the dashboard in the background, unless it runs, and print the link that signs a browser in."""
+    from grader import dashboard_server
 
     catalog = start.catalog()
-    ended = notebook_server.stop(start.state_folder(catalog))
-    start.console().print("JupyterLab is stopped." if ended else "No JupyterLab of this checkout is running.")
+    print(dashboard_server.start(catalog.root, start.state_folder(catalog)))
+
+
+@commands.command()
+def stop() -> None:
+    """End the JupyterLab and the dashboard that `topeka lab` started."""
+    from grader import dashboard_server, notebook_server
+
+    state_folder = start.state_folder(start.catalog())
+    for name, server in (("JupyterLab", notebook_server), ("The dashboard", dashboard_server)):
+        ended = server.stop(state_folder)
+        start.console().print(f"{name} is stopped." if ended else f"{name} of this checkout is not running.")

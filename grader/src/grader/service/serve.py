@@ -138,7 +138,8 @@ class _Server(uvicorn.Server):
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             print(f"Topeka's grader listens on http://{host}:{port}; Ctrl-C ends it.", flush=True)
-            if link := dashboard.sign_in_link(self.config.app, f"http://{host}:{port}"):
+            named = "127.0.0.1" if host == "0.0.0.0" else host
+            if link := dashboard.sign_in_link(self.config.app, f"http://{named}:{port}"):
                 print(f"Open {link}\nThe link signs you in, once.", flush=True)
 
 

@@ -22,6 +22,9 @@ class Settings(BaseModel):
         host: the address that the server listens on.
         port: its port.
         public_url: what browsers call it behind a proxy, such as `https://grader.example.org`.
+        local_owner: whether whoever can see what the server prints owns the service, though it listens on more than
+            loopback: in a container whose port is published to loopback, say. Else that holds on loopback only.
+        link_file: where the link that signs the owner in is kept too; None means nowhere.
         max_request_bytes: a larger request is refused before it is read.
         duplicate_window_s: how long the same content for the same lab is the same submission.
         submissions_per_minute: of one user.
@@ -41,6 +44,8 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8300, ge=0, le=65535)
     public_url: str | None = Field(default=None, pattern=r"^https?://[^/\s]+$")
+    local_owner: bool = False
+    link_file: Path | None = None
     max_request_bytes: int = Field(default=4 << 20, ge=1024)
     duplicate_window_s: float = Field(default=60.0, ge=0)
     submissions_per_minute: int = Field(default=30, ge=1)

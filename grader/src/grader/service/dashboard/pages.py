@@ -17,6 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
+from grader.background import write_private
 from grader.catalog import Chapter, Lab
 from grader.service import accounts, submissions
 from grader.service.dashboard import browser, sessions, views
@@ -67,13 +68,18 @@ def install(app: FastAPI, service: "Service") -> None:
 def sign_in_link(app: Any, address: str) -> str | None:
     """Return a link that signs in the owner of this machine once; None where there is no such person.
 
+    Where a file for it is set, the link is there from now on.
+
     Args:
         app: the service's application.
         address: of the server, such as `http://127.0.0.1:8300`.
     """
     if not sessions.has_local_owner(app.state.service.settings):
         return None
-    return f"{address}/sign-in?once={app.state.door.new_secret()}"
+    link = f"{address}/sign-in?once={app.state.door.new_secret()}"
+    if file := app.state.service.settings.link_file:
+        write_private(file, link + "\n")
+    return link
 
 
 class _Pages:

@@ -39,9 +39,10 @@ class Visitor:
 
 
 def has_local_owner(settings: Settings) -> bool:
-    """Whether this is one person's own service: one SQLite file, on loopback, behind no proxy."""
+    """Whether this is one person's own service: one SQLite file, on loopback or said to be, behind no proxy."""
     embedded = settings.database_url.startswith("sqlite")
-    return embedded and is_loopback(settings.host) and settings.public_url is None
+    own = settings.local_owner or is_loopback(settings.host)
+    return embedded and own and settings.public_url is None
 
 
 class LocalDoor:
