@@ -8,7 +8,7 @@
 #   browser-tests.txt  what authors add to .venv to test the dashboard in Chromium
 # In the images, Linux on x86-64 with Debian 12's Python 3.11:
 #   stack-STACK.txt      what grading needs
-#   workspace-STACK.txt  what the workspace adds
+#   workspace-STACK.txt  what the workspace adds: JupyterLab, and what the dashboard needs
 #   compiled.txt         sources compiled while an image is built, and what compiles them
 #   uv.txt, node.txt     the installers: uv, and Node for code-server
 #   service.txt          the grader's service and its workers, which need no torch
@@ -57,7 +57,8 @@ for stack in cpu cuda multi-gpu; do
     else
         from_pypi "${input[@]}" "${options[@]}" -o $out/stack-$stack.txt
     fi
-    from_pypi $out/workspace.in "${image[@]}" -c $out/stack-$stack.txt -o $out/workspace-$stack.txt
+    from_pypi $out/workspace.in grader/pyproject.toml --extra service --override - "${image[@]}" "${ours[@]}" \
+        -c $out/stack-$stack.txt -o $out/workspace-$stack.txt <<<"torch; sys_platform == 'never'"
 done
 scripts/image_versions.py >docker/versions.json
 git --no-pager diff --unified=0 -- $out | grep -E '^(\+\+\+|[-+][a-z0-9._-]+(\[[a-z,]*\])?==)' || echo "nothing changed"
