@@ -11,7 +11,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((
 VENV := $(or $(TOPEKA_VENV),.venv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab up stop logs shell images grade test test-containers lint check lock clean
+.PHONY: help setup lab up stop logs shell images grade test test-service test-containers lint check lock clean
 MAKEFLAGS += --no-print-directory
 
 help: ## show this list
@@ -31,7 +31,7 @@ setup: ## (PYTHON=python3.12) make .venv and install everything into it; does no
 	  "Install it (Debian 12: apt install python3 python3-venv; macOS: brew install python@3.11)," \
 	  "or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 3
 
-lab: ## (CH=1 [NO_SERVE=1] [SANDBOX=local]) begin a chapter: JupyterLab, its labs, your next step
+lab: ## (CH=1 [NO_SERVE=1] [SANDBOX=local]) begin a chapter: JupyterLab, the dashboard, its labs, your next step
 	@chapter="$(or $(CH),$(error which chapter? make lab CH=1))"; \
 	if [ -z "$(NO_SERVE)$(TOPEKA_VENV)" ] && [ "$(SANDBOX)" != local ] && python3 scripts/workspace.py usable 2>/dev/null; then \
 	  exec python3 scripts/workspace.py lab "$$chapter"; \
@@ -41,7 +41,7 @@ lab: ## (CH=1 [NO_SERVE=1] [SANDBOX=local]) begin a chapter: JupyterLab, its lab
 up: ## ([PROFILE=gpu]) start the containers of cpu, gpu or multi-gpu, and print their addresses
 	@python3 scripts/workspace.py up "$(PROFILE)"
 
-stop: ## end JupyterLab and the containers; your files and settings stay
+stop: ## end JupyterLab, the dashboard and the containers; your files and settings stay
 	@if [ -x $(VENV)/bin/topeka ]; then $(VENV)/bin/topeka stop; fi
 	@if [ -z "$(TOPEKA_VENV)" ] && python3 scripts/workspace.py usable 2>/dev/null; then python3 scripts/workspace.py stop; fi
 
@@ -57,8 +57,13 @@ images: ## ([STACK=cuda]) build the images of cpu, cuda or multi-gpu
 grade: setup ## (CH=1 [CODE=solutions]) grade a chapter, your code or the solutions
 	@$(VENV)/bin/topeka grade "$(or $(CH),$(error which chapter? make grade CH=1))" --code "$(CODE)"
 
+PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
+
 test: setup ## ([JOBS=1]) run the packages' own tests, and every lab's tests against its solution
-	@$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal shared/tests grader/tests labs --code solutions
+	@$(PYTEST) shared/tests grader/tests labs --code solutions --ignore grader/tests/service
+
+test-service: setup ## ([JOBS=1]) test the grader's service and dashboard: servers, workers, PostgreSQL, a browser
+	@$(PYTEST) grader/tests/service
 
 test-containers: setup ## test images, compose, code-server, JupyterLab and the devcontainer for real
 	@scripts/test_containers.sh
@@ -75,7 +80,7 @@ check: setup ## for authors: skeletons fail, solutions pass, misconceptions are 
 lock: setup ## resolve docker/requirements anew from the pyproject files
 	@scripts/lock.sh
 
-clean: ## remove .venv and caches, and nothing of your work; ends JupyterLab
+clean: ## remove .venv and caches, and nothing of your work; ends what runs
 	@if [ -x .venv/bin/topeka ]; then .venv/bin/topeka stop >/dev/null 2>&1 || true; fi
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .topeka/cache
 	@find shared grader labs scripts -name __pycache__ -prune -exec rm -rf {} +

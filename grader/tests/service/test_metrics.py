@@ -53,9 +53,9 @@ def test_the_dashboard_asks_only_for_what_there_is_and_gradings_are_counted_once
     assert (found["topeka_workers"][()], found["topeka_queue_workers"]["cpu",]) == (1, 1)
     assert sum(found["topeka_events_sent_total"].values()) == told
     assert found["topeka_event_streams"][()] == 0
-    posts = found["topeka_http_seconds_count"]["POST", "/submissions", "201"]
+    posts = found["topeka_http_seconds_count"]["POST", "/api/v1/submissions", "201"]
     assert posts == 3
-    route = "/submissions/{submission_id}"
+    route = "/api/v1/submissions/{submission_id}"
     assert found["topeka_http_seconds_count"]["GET", route, "404"] == 1, "an id is no label"
     log = (server.catalog.root / "serve.log").read_text()
     for line in map(json.loads, log.splitlines()):
