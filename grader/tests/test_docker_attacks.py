@@ -113,7 +113,7 @@ class Beside:
 
     def __init__(self, sandbox: DockerSandbox) -> None:
         self._sandbox = sandbox
-        self._warm = sandbox._launch(("torch",))
+        self._warm = sandbox._launch(("torch",), strict=False)
         self.isolation = sandbox.isolation
         self.machine = sandbox.machine
 

@@ -189,7 +189,17 @@ def test_a_figure_can_be_made_again(path, tmp_path, monkeypatch):
     version = made_with(committed)
     if version != matplotlib.__version__:
         pytest.skip(f"drawn with matplotlib {version}, here is {matplotlib.__version__}: bytes may differ")
-    assert made.read_bytes() == committed.read_bytes(), f"run {path.name} again and look at what changed"
+    # Processors round differently, which moves a point by a millionth; nobody sees less than a hundredth.
+    words, numbers = parted(made)
+    committed_words, committed_numbers = parted(committed)
+    assert words == committed_words, f"run {path.name} again and look at what changed"
+    assert numbers == pytest.approx(committed_numbers, abs=0.01, rel=0), f"run {path.name} again and look"
+
+
+def parted(svg):
+    """Return a drawing's text without its numbers, and the numbers."""
+    parts = re.split(r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)", svg.read_text())
+    return parts[::2], [float(number) for number in parts[1::2]]
 
 
 @each(SCRIPTS)
