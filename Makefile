@@ -58,14 +58,17 @@ grade: setup ## (CH=1 [CODE=solutions]) grade a chapter, your code or the soluti
 	@$(VENV)/bin/topeka grade "$(or $(CH),$(error which chapter? make grade CH=1))" --code "$(CODE)"
 
 PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
+IN_CONTAINERS = $(wildcard grader/tests/test_docker_*.py grader/tests/test_neighbour_*.py)
 
 test: setup ## ([JOBS=1]) run the packages' own tests, and every lab's tests against its solution
-	@$(PYTEST) shared/tests grader/tests labs --code solutions --ignore grader/tests/service
+	@$(PYTEST) shared/tests grader/tests labs --code solutions --ignore grader/tests/service \
+	  $(addprefix --ignore ,$(IN_CONTAINERS))
 
 test-service: setup ## ([JOBS=1]) test the grader's service and dashboard: servers, workers, PostgreSQL, a browser
 	@$(PYTEST) grader/tests/service
 
-test-containers: setup ## test images, compose, code-server, JupyterLab and the devcontainer for real
+test-containers: setup ## test grading in containers, images, compose, code-server, JupyterLab and the devcontainer for real
+	@$(PYTEST) $(IN_CONTAINERS)
 	@scripts/test_containers.sh
 
 lint: setup ## check formatting, types, and that SYLLABUS.md is up to date
