@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import docker
+import psutil
 import pytest
 from docker.errors import ImageNotFound, NotFound
 from docker.models.containers import Container
@@ -232,6 +233,14 @@ def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         # The command takes Docker where it can; what Docker does is tested with Docker, by name.
         patch.setenv("TOPEKA_SANDBOX", "local")
         yield
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process is there and no zombie; it may end while we ask."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="session")

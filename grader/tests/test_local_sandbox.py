@@ -16,6 +16,8 @@ from grader.sandbox import SandboxFailed
 from grader.sandbox.local import LocalSandbox
 from grader.submission import pack
 
+from .conftest import lives
+
 RIGHT = "def double(x):\n    return x * 2\n\n\ndef is_even(n):\n    return n % 2 == 0\n"
 
 
@@ -34,7 +36,7 @@ def hostile(body: str) -> str:
 def left_behind() -> list[str]:
     """Work folders on disk and runner processes other than the warm parents themselves."""
     folders = [str(p) for p in Path(os.environ["TMPDIR"]).glob("topeka-job-*")]
-    children = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    children = [p for p in psutil.Process().children() if lives(p)]
     parents = [p for p in children if "grader.runner" in " ".join(p.cmdline())]
     return folders + [f"process {c.pid}" for p in parents for c in p.children(recursive=True)]
 

@@ -24,6 +24,8 @@ from grader.sandbox import SandboxFailed
 from grader.sandbox.neighbour import SOCKET_VARIABLE, NeighbourSandbox, NeighbourUnusable, socket_path
 from grader.submission import pack
 
+from .conftest import lives
+
 RIGHT = "def double(x):\n    return x * 2\n\n\ndef is_even(n):\n    return n % 2 == 0\n"
 HANGS = RIGHT.replace("return x * 2", "__import__('time').sleep(1e6)")
 
@@ -58,7 +60,7 @@ class Listener:
     def jobs(self) -> list[psutil.Process]:
         """What runs below it: a process for each client, and its job."""
         children = psutil.Process(self._process.pid).children(recursive=True)
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in children if lives(child)]
 
     def end(self, how: int = signal.SIGKILL) -> int:
         self._process.send_signal(how)

@@ -17,6 +17,8 @@ import pytest
 from grader.background import ServerFailed
 from grader.notebook_server import FIRST_PORT, Server, start, stop
 
+from .conftest import lives
+
 # What a user's own configuration might say, and must not have its way.
 CARELESS = """
 c.ServerApp.ip = "0.0.0.0"
@@ -150,7 +152,7 @@ def test_stop_ends_kernels_and_a_start_after_a_crash_is_a_new_server(running: Ru
     family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     assert len(family) > 1, "no kernel runs"
     assert stop(running.state_dir) is True
-    assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert [p for p in family if lives(p)] == []
     assert stop(running.state_dir) is False
     assert not (running.state_dir / "jupyter" / "server.json").exists()
 
