@@ -6,15 +6,17 @@ Needs a Docker Engine with the images of the cpu stack, Chromium, and root (to g
 user). Each run has a compose project, ports and volumes of its own, and removes them.
 """
 
+import base64
 import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -412,6 +414,95 @@ def test_every_service_restarts_rotates_its_log_and_drops_its_capabilities():
             assert service["logging"]["options"]["max-size"]
             assert service["cap_drop"] == ["ALL"]
             assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+# --- the grader as a service ---------------------------------------------------------------------------
+
+
+class Service:
+    """The profile `grader` of a clone, with two workers; each worker's container is a host of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.variables = {
+            "COMPOSE_PROJECT_NAME": f"topeka-grader-test-{os.getpid()}",
+            "TOPEKA_GRADER_PORT": self.port,
+            "TOPEKA_WORKERS": "2",
+        }
+        run("git", "clone", "--quiet", ROOT, folder)
+        for image in ("service", "database"):
+            run(ROOT / "scripts" / "images.sh", image)
+        self.said = run("make", "up", "PROFILE=grader", cwd=folder, **self.variables).stdout
+
+    def compose(self, *command: str) -> str:
+        done = run("docker", "compose", "--profile", "grader", *command, cwd=self.folder, **self.variables)
+        return done.stdout.strip()
+
+    def token(self, *words: str) -> str:
+        return self.compose("exec", "--no-TTY", "service", "topeka", "token", "create", *words)
+
+    def ask(self, token: str, path: str, document: object = None) -> dict[str, object]:
+        data = None if document is None else json.dumps(document).encode()
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/v1{path}", data=data, headers=headers
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def submit(self, token: str, source: str) -> str:
+        files = {"attention.py": base64.b64encode(source.encode()).decode()}
+        return str(self.ask(token, "/submissions", {"lab": "ch01/lab01", "files": files})["id"])
+
+    def until(
+        self, token: str, submission_id: str, is_so: Callable[[dict[str, object]], bool]
+    ) -> dict[str, object]:
+        deadline = time.monotonic() + 120
+        while not is_so(found := self.ask(token, f"/submissions/{submission_id}")):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.2)
+        return found
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("service") / "topeka"
+    made = Service(folder)
+    yield made
+    made.compose("down", "--volumes")
+
+
+def test_a_worker_host_that_dies_for_good_leaves_its_work_to_the_other(service):
+    teacher, learner = service.token("Ina Teacher", "--instructor"), service.token("Ada")
+    right = (ROOT / LAB_FILE.replace("/src/", "/solutions/")).read_text()
+    first = service.submit(learner, right)
+    assert service.until(learner, first, lambda s: s["state"] == "graded")["status"] == "verified"
+    report = service.ask(learner, f"/submissions/{first}/report")
+    assert report["isolation"]["sandbox"] == "docker"
+    workers = {str(worker["id"]) for worker in service.ask(teacher, "/workers")}
+    assert len(workers) == 2
+
+    slow = service.submit(learner, right + "\nimport time\n\ntime.sleep(8)\n")
+    service.until(learner, slow, lambda s: s["state"] == "running")
+    deadline = time.monotonic() + 60  # the container gets the submission's name when it gets the job
+    while not (
+        container := run("docker", "ps", "--quiet", "--filter", f"name=^topeka-{slow}$").stdout.strip()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    [row] = [w for w in service.ask(teacher, "/workers") if w["id"] == _worker_of(service, learner, slow)]
+    run("docker", "kill", str(row["host"]))
+    killed = time.monotonic()
+    done = service.until(learner, slow, lambda s: s["state"] == "graded")
+    assert done["status"] == "verified"
+    assert time.monotonic() - killed < 60
+    assert _worker_of(service, learner, slow) != row["id"]
+    assert run("docker", "ps", "--quiet", "--no-trunc", "--filter", f"id={container}").stdout == ""
+
+
+def _worker_of(service: Service, token: str, submission_id: str) -> str:
+    return str(service.ask(token, f"/submissions/{submission_id}")["worker"])
 
 
 # --- devcontainer ------------------------------------------------------------------------------------
