@@ -272,6 +272,15 @@ def test_the_owner_grades_the_working_copy_by_keyboard(visit: Visit, site: Site)
     expect(page.locator("#result .verdict")).to_have_text("Nothing written yet", timeout=20_000)
 
 
+def test_what_is_below_the_fold_is_drawn_without_scrolling(visit: Visit):
+    page = visit("ada", "/")
+    page.set_viewport_size({"width": 1280, "height": 200})
+    page.goto("/")
+    expect(page.locator("html.painted")).to_have_count(1)
+    left_out = "e => getComputedStyle(e).contentVisibility"
+    assert page.locator(".phase").evaluate_all(f"all => all.map({left_out})") == ["visible"]
+
+
 def test_formulas_are_drawn_as_formulas(visit: Visit):
     page = visit("ada", "/chapters/ch01/lectures/01_why")
     formula = page.locator("math[display=block]").bounding_box()

@@ -35,6 +35,8 @@ async function renew(part) {
 }
 
 localTimes(document);
+// After the first paint there is time for what the style sheet has left out of it.
+new PerformanceObserver(() => document.documentElement.classList.add("painted")).observe({ type: "paint", buffered: true });
 for (const part of document.querySelectorAll("[data-refresh]")) {
   setInterval(() => renew(part), 1000 * part.dataset.refresh);
 }
