@@ -399,3 +399,25 @@ def test_a_runner_that_cannot_start_says_so(course, monkeypatch):
     job = Job(id="x", folder="ch01_numbers/lab01_double")
     with pytest.raises(SandboxFailed, match="could not be started"):
         list(mine.run(job, b""))
+
+
+def test_libraries_may_keep_what_is_no_module_among_the_modules(course, monkeypatch, tmp_path):
+    # Keras, six and pybind11 do; None is Python's own word for a module that shall not be imported.
+    lines = ["import sys", "sys.modules['odd.one'] = object()", "sys.modules['odd.none'] = None"]
+    tmp_path.joinpath("odd.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with LocalSandbox(threads=1, preload=("odd",)) as mine:
+        assert grade(course, mine, RIGHT).status is Status.VERIFIED
+
+
+def test_a_collection_that_pytest_gives_up_says_why(course, monkeypatch, tmp_path):
+    tmp_path.joinpath("broken.py").write_text(
+        "import grader.runner.child as child\n"
+        "def fail(self, session):\n    raise RuntimeError('this library is broken')\n"
+        "child.EventsPlugin.pytest_collection = fail\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with LocalSandbox(threads=1, preload=("broken",)) as mine:
+        report = grade(course, mine, RIGHT)
+    assert report.status is Status.ERROR
+    assert "pytest ended with exit status 70: RuntimeError: this library is broken" in report.reason

@@ -82,13 +82,24 @@ def _collect(catalog: Catalog, lab: Lab, sandbox: Sandbox) -> tuple[ExpectedTest
             tests = _TESTS.validate_python(event["tests"])
         elif event["event"] == "collect_error":
             problems.append(str(event["message"]))
-        elif event["event"] == "finished" and event["end"] != "exited":
-            problems.append(f"collecting ended with {event['end']}")
+        elif event["event"] == "finished":
+            if event["end"] != "exited":
+                problems.append(f"collecting ended with {event['end']}")
+            elif tests is None and not problems:
+                problems.append(f"pytest ended with exit status {event['code']}{_last_words(event['output'])}")
     if not tests or problems:
         raise SandboxFailed(
             f"the tests of {lab.id} cannot be collected: {'; '.join(problems) or 'none found'}"
         )
     return tests
+
+
+def _last_words(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    # What follows pytest's own error are errors that come of it.
+    mark = "INTERNALERROR> "
+    lines = [line.removeprefix(mark) for line in lines if line.startswith(mark)] or lines
+    return f": {lines[-1]}" if lines else ""
 
 
 def _key(catalog: Catalog, lab: Lab, place: Isolation) -> str:

@@ -90,8 +90,8 @@ class EventsPlugin:
             configs.append(session.config)
             integrity.import_libraries(source_files)
             snapshot.take()
-            for module in list(sys.modules.values()):
-                if module.__name__ == "conftest" or module.__name__.endswith(".conftest"):
+            for name, module in list(sys.modules.items()):  # libraries keep what is no module there, None even
+                if name == "conftest" or name.endswith(".conftest"):
                     snapshot.add(module)
             hooks.update(hooks_of(session.config))
             functions.extend(hooked(session.config))
