@@ -421,3 +421,18 @@ def test_a_collection_that_pytest_gives_up_says_why(course, monkeypatch, tmp_pat
         report = grade(course, mine, RIGHT)
     assert report.status is Status.ERROR
     assert "pytest ended with exit status 70: RuntimeError: this library is broken" in report.reason
+
+
+def test_the_process_that_forks_jobs_does_not_load_nvml(course, monkeypatch, tmp_path):
+    # On a machine with a GPU NVML starts a thread with pipes, which jobs would inherit.
+    asked = tmp_path / "asked"
+    tmp_path.joinpath("pynvml.py").write_text(
+        "import os\nclass NVMLError(Exception):\n    value = 12\n"
+        f"def nvmlInit():\n    open({str(asked)!r}, 'a').write(f'{{os.getpid()}} ')\n    raise NVMLError\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with LocalSandbox(threads=1) as mine:
+        assert grade(course, mine, RIGHT).status is Status.VERIFIED
+        askers = asked.read_text().split()
+        assert len(askers) == 1
+        assert int(askers[0]) != mine._process.pid

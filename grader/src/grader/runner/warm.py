@@ -1,7 +1,8 @@
 """The warm parent: imports torch once, then forks one child per job.
 
 It never runs a torch operation and never touches CUDA: a thread pool or a CUDA context would
-not survive the fork.
+not survive the fork. It does not even ask which GPUs there are: NVIDIA's management library starts
+a thread and keeps pipes to it, which every job would inherit and could write to.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 
@@ -55,8 +56,9 @@ class WarmParent:
         reaper.adopt_orphans()
         reaper.hide()
         _sweep_left_overs()
+        here = _described_apart()
         import_all(("shared.plugin", "_pytest.pytester", *preload))  # what the course's conftest.py loads
-        self._send(event="ready", pid=os.getpid(), machine=machine.describe().model_dump(mode="json"))
+        self._send(event="ready", pid=os.getpid(), machine=here)
         while (received := receive_job(self._jobs)) is not None:
             job, tar = received
             tars = [tar]  # only here: a process that must not have it takes it out
@@ -332,6 +334,31 @@ def import_all(modules: Sequence[str]) -> None:
         # A module this machine lacks is the tests' business; they name it in their own error.
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+
+def _described_apart() -> Any:
+    """Return `machine.describe()` as JSON has it, asked by another process."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(read)
+            with os.fdopen(write, "wb") as stream:
+                stream.write(machine.describe().model_dump_json().encode())
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as stream:
+        answer = stream.read()
+    os.waitpid(pid, 0)
+    if not answer:
+        raise RuntimeError("this machine could not be described; the error is above")
+    return json.loads(answer)
 
 
 def _peak_memory(pid: int) -> int | None:
