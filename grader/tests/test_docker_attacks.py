@@ -729,7 +729,7 @@ TARS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "header of less than nothing": (
         lambda: header_with_size(b"\xff" * 4 + b"\xc0" + bytes(7)),
-        "more than 5,000 files or 256 MiB",
+        "more than 5,000 files or 256 MiB|invalid offset",  # later Pythons see it themselves
     ),
     "sparse gigabyte": (sparse, "more than 5,000 files or 256 MiB"),
     "cut in a member": (lambda: tar_of(member("a", content=bytes(4096)))[:1024], "not the tar of a job"),
@@ -769,7 +769,7 @@ def test_a_tar_that_is_none_of_ours(course, sandbox, light, cache, name):
     around = {p for p in Path(os.environ["TMPDIR"]).parent.rglob("*") if "escaped" in p.name}
     report = grade_lab(course, lab, Swapped(light, make()), {}, cache=cache)
     assert report.status is Status.ERROR
-    assert words in report.reason
+    assert re.search(words, report.reason)
     assert not Path(ESCAPE).exists()
     assert {p for p in Path(os.environ["TMPDIR"]).parent.rglob("*") if "escaped" in p.name} == around
     assert [
