@@ -29,7 +29,7 @@ from grader.report import Status, Trust
 from grader.runner.protocol import Job, Limits
 from grader.sandbox import SandboxFailed
 from grader.sandbox.docker import ContainerLimits, DockerSandbox, EngineUnusable, connect, is_available, sweep
-from grader.submission import pack
+from grader.submission import pack, read_code
 from shared.plugin import NOT_VERIFIED_HERE
 
 from grader import diagnosis
@@ -151,6 +151,31 @@ def test_modules_are_imported_before_the_job_comes(course, image, cache):
     with DockerSandbox(image=image, preload=("torch", "numpy", "colorsys")) as sandbox:
         sandbox.start()
         assert grade_lab(course, lab, sandbox, code(needs), cache=cache).status is Status.VERIFIED
+
+
+@pytest.mark.parametrize(
+    ("limits", "job", "container"),
+    [(None, 4, 6), (None, 12, 14), (ContainerLimits(memory_bytes=5 << 30), 12, 5)],
+)
+def test_a_container_has_the_memory_that_its_job_may_use(
+    course, image, containers_of, limits, job, container
+):
+    lab = course.labs[0]
+    job = Job(
+        id="x",
+        folder="ch01_numbers/lab01_double",
+        preload=(),
+        limits=Limits(memory_bytes=job << 30, timeout_s=60),
+    )
+    with DockerSandbox(image=image, preload=("numpy",), pool=0, limits=limits) as sandbox:
+        before = {c.id for c in containers_of(os.getpid())}
+        events = sandbox.run(job, pack(course, lab, read_code(lab, lab.path / "solutions")))
+        assert next(events)["event"] == "started"
+        (mine,) = (c for c in containers_of(os.getpid()) if c.id not in before)
+        mine.reload()
+        config = mine.attrs["HostConfig"]
+        assert (config["Memory"], config["MemorySwap"]) == (container << 30, container << 30)
+        assert [e["end"] for e in events if e["event"] == "finished"] == ["exited"]
 
 
 def test_two_sandboxes_at_once_do_not_disturb_each_other(course, image, cache):

@@ -86,7 +86,9 @@ def _collect(catalog: Catalog, lab: Lab, sandbox: Sandbox) -> tuple[ExpectedTest
             if event["end"] != "exited":
                 problems.append(f"collecting ended with {event['end']}")
             elif tests is None and not problems:
-                problems.append(f"pytest ended with exit status {event['code']}{_last_words(event['output'])}")
+                problems.append(
+                    f"pytest ended with exit status {event['code']}{_last_words(event['output'])}"
+                )
     if not tests or problems:
         raise SandboxFailed(
             f"the tests of {lab.id} cannot be collected: {'; '.join(problems) or 'none found'}"

@@ -90,7 +90,8 @@ class EventsPlugin:
             configs.append(session.config)
             integrity.import_libraries(source_files)
             snapshot.take()
-            for name, module in list(sys.modules.items()):  # libraries keep what is no module there, None even
+            # Libraries keep what is no module there, None even: only the name is sure to be one.
+            for name, module in list(sys.modules.items()):
                 if name == "conftest" or name.endswith(".conftest"):
                     snapshot.add(module)
             hooks.update(hooks_of(session.config))

@@ -63,20 +63,23 @@ class ContainerLimits:
     """What one container may use, whatever the job inside asks for.
 
     Attributes:
-        memory_bytes: of the container, without swap; files in its memory count.
+        memory_bytes: of the container, without swap; files in its memory count. None for 6 GiB, and for as much as
+            a job that may use more than 4 GiB needs.
         cpus: cores; None for all the engine has.
         processes: processes and threads.
         scratch_bytes: of its writable folder, /tmp.
         shared_memory_bytes: of /dev/shm.
     """
 
-    memory_bytes: int = 6 << 30
+    memory_bytes: int | None = None
     cpus: int | None = None
     processes: int = 512
     scratch_bytes: int = 1 << 30
     shared_memory_bytes: int = 256 << 20
 
 
+# A container's memory unless it is said, and what of it is for the runner and the files in memory.
+_USUAL_MEMORY, _ROOM = 6 << 30, 2 << 30
 GPU_LIMITS = ContainerLimits(
     memory_bytes=64 << 30, processes=4096, scratch_bytes=8 << 30, shared_memory_bytes=8 << 30
 )
@@ -234,6 +237,9 @@ class DockerSandbox:
         try:
             if job.sole:
                 self._take_name(warm, container_name(job.id))
+            needed = (job.limits.memory_bytes or 0) + _ROOM
+            if self._limits.memory_bytes is None and needed > _USUAL_MEMORY:
+                warm.container.update(mem_limit=needed, memswap_limit=needed)
             with contextlib.suppress(BrokenPipeError, ConnectionError):  # the read below says why
                 send_job(warm, job, tar)
             for line in warm.lines:
@@ -289,6 +295,7 @@ class DockerSandbox:
 
     def _launch(self, preload: tuple[str, ...], strict: bool) -> _Warm:
         limits = self._limits
+        memory = limits.memory_bytes or _USUAL_MEMORY
         cpus = min(limits.cpus or self._cores, self._cores)
         mine = psutil.Process()
         warm: _Warm | None = None
@@ -306,8 +313,8 @@ class DockerSandbox:
                 cap_drop=["ALL"],
                 cap_add=_TWO_USERS if strict else [],
                 security_opt=["no-new-privileges"],
-                mem_limit=limits.memory_bytes,
-                memswap_limit=limits.memory_bytes,
+                mem_limit=memory,
+                memswap_limit=memory,
                 nano_cpus=cpus * 1_000_000_000,
                 pids_limit=limits.processes,
                 shm_size=limits.shared_memory_bytes,
