@@ -96,6 +96,45 @@ def test_the_same_content_sent_twenty_times_at_once_is_one_submission(
         assert len(ada.get("/submissions").json()) == 1
 
 
+def test_two_servers_are_one_service_and_one_may_die(
+    course: Catalog,
+    url: str,
+    server: Running,
+    tokens: dict[str, str],
+    make_worker: MakeWorker,
+    tmp_path: Path,
+):
+    other = Running(course, environment=QUICK | {"TOPEKA_DATABASE_URL": url})
+    other.start()
+    gate = tmp_path / "gate"
+    try:
+        with server.client(tokens["ada"]) as here, other.client(tokens["ada"]) as there:
+            make_worker("only").ready()
+            with ThreadPoolExecutor(20) as pool:
+                source = body(gated(gate))
+                sent = list(
+                    pool.map(lambda n: (here, there)[n % 2].post("/submissions", json=source), range(20))
+                )
+            assert sorted(a.status_code for a in sent) == [*[200] * 19, 201]
+            (held,) = {a.json()["id"] for a in sent}
+            until(Path(f"{gate}.0.begun").exists)
+            seen = []
+            with here.stream("GET", f"/submissions/{held}/events") as stream:
+                for number, kind, _ in events_of(stream):
+                    seen.append((number, kind))
+                    if kind == "started":
+                        break
+            assert server.end(signal.SIGKILL) == -signal.SIGKILL
+            gate.touch()
+            last = {"Last-Event-ID": str(seen[-1][0])}
+            with there.stream("GET", f"/submissions/{held}/events", headers=last) as stream:
+                seen += [(number, kind) for number, kind, _ in events_of(stream)]
+            assert [kind for _, kind in seen] == ["queued", "started", *["test"] * 5, "graded"]
+            assert graded(there, held)["status"] == "verified"
+    finally:
+        other.close()
+
+
 def test_what_a_lost_worker_had_begun_is_graded_elsewhere_and_counts_once(
     server: Running, tokens: dict[str, str], make_worker: MakeWorker, tmp_path: Path
 ):
