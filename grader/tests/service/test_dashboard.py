@@ -247,10 +247,14 @@ def test_unknown_pages_are_pages_and_the_api_keeps_its_problems(site: Site):
             assert answer.status_code == 404, page
             if not page.startswith("/static/"):
                 assert "Back to the course" in answer.text
+                assert '<nav aria-label="Main">' in answer.text
         answer = ada.get("/api/v1/nowhere")
         assert answer.headers["content-type"] == "application/problem+json"
         assert ada.get("/gradebook").status_code == 403
         assert ada.get("/queue").status_code == 403
+    with site.browser() as stranger:
+        answer = stranger.get("/nowhere")
+        assert (answer.status_code, "<nav" in answer.text) == (404, False)
 
 
 def test_a_lecture_is_rendered_and_cleaned(site: Site):

@@ -281,6 +281,16 @@ def test_what_is_below_the_fold_is_drawn_without_scrolling(visit: Visit):
     assert page.locator(".phase").evaluate_all(f"all => all.map({left_out})") == ["visible"]
 
 
+def test_without_javascript_pages_can_be_read_and_say_how_to_grade(visit: Visit, results: dict[str, str]):
+    page = visit("ada", "/labs/ch01/lab01", java_script_enabled=False)
+    expect(page.locator("noscript .problem")).to_have_count(1)  # with JavaScript it holds no elements
+    expect(page.get_by_role("button", name="Grade", exact=True)).to_be_disabled()
+    page.goto(f"/submissions/{results['FAILED']}")
+    expect(page.locator(".verdict")).to_have_text("Not yet right")
+    page.goto("/")
+    expect(page.locator(".phase").last).to_be_visible()
+
+
 def test_formulas_are_drawn_as_formulas(visit: Visit):
     page = visit("ada", "/chapters/ch01/lectures/01_why")
     formula = page.locator("math[display=block]").bounding_box()

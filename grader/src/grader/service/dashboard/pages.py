@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qs, quote
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
@@ -397,6 +399,14 @@ def _own_page(address: str) -> str:
 def _errors_as_pages(app: FastAPI, draw: _Pages) -> None:
     """Show errors as pages to browsers that asked for a page; the API's stay problem details."""
 
+    def visitor_at(request: Request) -> Visitor | None:
+        service: Service = app.state.service
+        try:
+            with service.database.session() as opened:
+                return sessions.visitor(opened, request, service.settings)
+        except (Problem, SQLAlchemyError):  # what the page tells of matters more than who reads it
+            return None
+
     def wrap(kind: Any) -> None:
         as_problem: Any = app.exception_handlers[kind]
 
@@ -405,9 +415,12 @@ def _errors_as_pages(app: FastAPI, draw: _Pages) -> None:
             wants_page = "text/html" in request.headers.get("accept", "")
             if request.url.path.startswith(("/api/", "/static/")) or not wants_page:
                 return answer
+            visitor = None if answer.status_code >= 500 else await run_in_threadpool(visitor_at, request)
             detail = getattr(error, "detail", "") if isinstance(error, Problem | HTTPException) else ""
             detail = str(error) if isinstance(error, Problem) else detail
-            return draw("error.html", None, status=answer.status_code, code=answer.status_code, detail=detail)
+            return draw(
+                "error.html", visitor, status=answer.status_code, code=answer.status_code, detail=detail
+            )
 
         app.add_exception_handler(kind, handler)
 
