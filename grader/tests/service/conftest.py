@@ -53,7 +53,8 @@ class Running:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.database = open_database(Settings(database_url=url_of(self.catalog)))
+        where = self.environment.get("TOPEKA_DATABASE_URL", url_of(self.catalog))
+        self.database = open_database(Settings(database_url=where))
 
     def start(self) -> None:
         self.process = subprocess.Popen(

@@ -93,10 +93,10 @@ def write_lectures(course: Catalog) -> None:
 
 
 @contextlib.contextmanager
-def open_site(course: Catalog) -> Iterator[Site]:
+def open_site(course: Catalog, **environment: str) -> Iterator[Site]:
     """Serve `course`, with four learners and an instructor."""
     write_lectures(course)
-    running = Running(course)
+    running = Running(course, environment=environment)
     with running.database.session() as session:
         tokens = {
             name: accounts.create_token(session, name, Role.LEARNER) for name in ("ada", "ben", "cy", "eve")

@@ -1,6 +1,7 @@
 """The dashboard in a real Chromium: what people see, by mouse, by keyboard, on a phone, and as axe judges it."""
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def _sign_in(chromium: Browser, site: Site, name: str) -> object:
     context = chromium.new_context()
     page = context.new_page()
     page.goto(site.address)
-    page.get_by_label("Or sign in with a token").fill(site.tokens[name])
+    page.get_by_label(re.compile("Or sign in with a token|Your token")).fill(site.tokens[name])
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("of 2 labs verified")
     state = context.storage_state()
@@ -214,6 +215,41 @@ def test_two_users_see_their_own_and_the_instructor_sees_both(visit: Visit, resu
     expect(ina.get_by_role("heading", level=1)).to_have_text("Attempts of ada")
     ina.get_by_role("link", name="Queue").click()
     expect(ina.get_by_role("row", name="alive")).to_be_visible()
+
+
+def test_who_waits_is_told_how_many_are_before_them(visit: Visit, site: Site, tmp_path: Path):
+    with site.api("ben") as program:
+        for number in range(2):  # one runs until the gate is there, one waits
+            program.post("/submissions", json=body(waits_for(tmp_path / "gate") + f"# {number}\n"))
+    page = visit("ada", "/labs/ch01/lab01")
+    hand_in(page, waits_for(tmp_path / "gate"))
+    expect(page.locator(".live-status")).to_have_text("Waiting for a worker: 1 before you", timeout=10_000)
+    (tmp_path / "gate").touch()
+    expect(page.locator("#result .verdict")).to_have_text("Verified", timeout=20_000)
+
+
+def test_who_waits_where_no_worker_is_is_told_so(
+    chromium: Browser,
+    url: str,
+    tmp_path: Path,
+    make_course: Callable[[Path], Catalog],
+):
+    course = make_course(tmp_path)
+    chapter = course.labs[0].path.parent / "chapter.toml"
+    chapter.write_text(chapter.read_text().replace("minutes = 5\n", "minutes = 5\nmemory_gb = 900\n", 1))
+    with open_site(course, TOPEKA_DATABASE_URL=url) as site:
+        state = _sign_in(chromium, site, "ada")
+        page = chromium.new_context(base_url=site.address, storage_state=state).new_page()  # type: ignore[arg-type]
+        page.goto("/labs/ch01/lab01")
+        hand_in(page, RIGHT)
+        words = "No worker with 900 GiB of memory is there. Your code is kept, and graded when one comes"
+        expect(page.locator(".live-status")).to_have_text(words, timeout=10_000)
+        page.context.close()
+        state = _sign_in(chromium, site, "ina")
+        page = chromium.new_context(base_url=site.address, storage_state=state).new_page()  # type: ignore[arg-type]
+        page.goto("/queue")
+        expect(page.locator(".problem")).to_contain_text("No worker takes cpu-900g, where 1 waits.")
+        page.context.close()
 
 
 def test_a_page_goes_on_by_itself_after_the_server_restarts(visit: Visit, site: Site, tmp_path: Path):

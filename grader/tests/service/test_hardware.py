@@ -3,7 +3,7 @@
 import pytest
 from grader.catalog import Catalog, Lab, load
 from grader.gpus import Gpu
-from grader.service.hardware import UnfitMachine, all_queues, queue_of, queues_here, stack_here
+from grader.service.hardware import UnfitMachine, all_queues, needs_of, queue_of, queues_here, stack_here
 
 from .cluster import ROOT
 
@@ -48,6 +48,17 @@ def catalog(course: Catalog, labs: dict[str, Lab]) -> Catalog:
 def test_a_queue_is_called_by_what_its_labs_need(catalog: Catalog, labs: dict[str, Lab]):
     assert {name: queue_of(lab) for name, lab in labs.items()} == {name: name for name in labs}
     assert set(all_queues(catalog)) == set(labs)
+
+
+def test_needs_in_words(labs: dict[str, Lab]):
+    assert {name: needs_of(lab).words for name, lab in labs.items()} == {
+        "cpu": "",
+        "cpu-12g": "12 GiB of memory",
+        "cuda": "a GPU",
+        "cuda-40vram": "a GPU of 40 GiB",
+        "multi-gpu": "2 GPUs",
+        "multi-gpu-x4-80vram-64g": "4 GPUs of 80 GiB and 64 GiB of memory",
+    }
 
 
 @pytest.mark.parametrize(

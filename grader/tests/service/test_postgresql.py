@@ -86,6 +86,19 @@ def test_two_workers_share_the_work_and_each_submission_is_graded_once(
         assert all(len(line["submission"]) == 32 for line in about_gradings)
 
 
+def test_what_waits_says_for_what(server: Running, tokens: dict[str, str], make_worker: MakeWorker):
+    with server.client(tokens["ada"]) as ada:
+        first, second = (
+            ada.post("/submissions", json=body(source)).json()["id"] for source in (RIGHT, WRONG)
+        )
+        reasons = [ada.get(f"/submissions/{s}").json()["waiting"] for s in (first, second)]
+        assert reasons == [{"needs": "", "workers": 0, "ahead": ahead} for ahead in (0, 1)]
+        worker = make_worker("late")
+        assert graded(ada, first)["waiting"] is None
+        assert graded(ada, second)["waiting"] is None
+        assert worker.end() == 0
+
+
 def test_the_same_content_sent_twenty_times_at_once_is_one_submission(
     server: Running, tokens: dict[str, str]
 ):

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -36,11 +36,12 @@ from grader.service.dashboard import sessions
 from grader.service.database import Database
 from grader.service.hardware import queue_of
 from grader.service.metrics import Metrics
-from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
+from grader.service.models import FINAL, Report, State, Submission, User, Worker
 from grader.service.news import News
 from grader.service.problems import Problem, documented
 from grader.service.records import best, visible
 from grader.service.settings import Settings
+from grader.service.waiting import is_alive, waiting
 from grader.service.work_queue import WorkQueue
 
 _LAB_ID = r"^ch\d\d/lab\d\d$"
@@ -51,6 +52,14 @@ _MAX_PARTS = 20
 
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class WaitingAnswer(_Answer):
+    """What a submission waits for."""
+
+    needs: str = Field(description="what a machine must have to verify the lab; empty if any can")
+    workers: int = Field(description="alive that take such work; with none it waits until one comes")
+    ahead: int = Field(description="submissions of the same queue before this one")
 
 
 class SubmissionAnswer(_Answer):
@@ -69,6 +78,9 @@ class SubmissionAnswer(_Answer):
     worker: str | None
     attempts: int
     regrade_of: str | None
+    waiting: WaitingAnswer | None = Field(
+        default=None, description="while it is queued, and in the answer about this one submission only"
+    )
 
 
 class SubmitRequest(BaseModel):
@@ -331,8 +343,11 @@ def _routes(service: Service) -> APIRouter:
 
     @router.get("/submissions/{submission_id}", responses=documented(401, 404))
     def status(submission_id: SubmissionId, opened: Transaction, asker: Asker) -> SubmissionAnswer:
-        """Return a submission's state."""
-        return answer(opened, visible(opened, asker, submission_id))
+        """Return a submission's state, and while it is queued what it waits for."""
+        found = visible(opened, asker, submission_id)
+        reason = waiting(opened, found, service.labs.get(found.lab), service.settings)
+        known = answer(opened, found)
+        return known.model_copy(update={"waiting": WaitingAnswer(**asdict(reason))}) if reason else known
 
     @router.get("/submissions/{submission_id}/report", responses=documented(401, 404, 409))
     def report(submission_id: SubmissionId, opened: Transaction, asker: Asker) -> dict[str, Any]:
@@ -483,7 +498,7 @@ def _routes(service: Service) -> APIRouter:
                 host=worker.host,
                 queues=worker.queues,
                 seen=worker.seen,
-                alive=_alive(worker, service.settings),
+                alive=is_alive(worker, service.settings),
                 draining=worker.draining,
                 graded=worker.graded,
             )
@@ -493,7 +508,7 @@ def _routes(service: Service) -> APIRouter:
     @router.get("/health")
     def health(opened: Transaction) -> Health:
         """Say whether database and workers answer; no token is needed."""
-        alive = [w for w in opened.scalars(select(Worker)) if _alive(w, service.settings)]
+        alive = [w for w in opened.scalars(select(Worker)) if is_alive(w, service.settings)]
         return Health(status="ok", workers=len(alive))
 
     @router.get(
@@ -599,7 +614,3 @@ def _submission_id(submission_id: str) -> str:
     if len(submission_id) != 32 or not set(submission_id) <= set("0123456789abcdef"):
         raise Problem(404, "there is no such submission")
     return submission_id
-
-
-def _alive(worker: Worker, settings: Settings) -> bool:
-    return (now() - worker.seen).total_seconds() < settings.lost_after_s

@@ -52,6 +52,17 @@ class Needs:
             name += f"-{self.memory_gb:g}g"
         return name
 
+    @property
+    def words(self) -> str:
+        """What a machine must have, such as `a GPU of 40 GiB`; empty if every machine has it."""
+        found = []
+        if self.gpus:
+            found.append("a GPU" if self.gpus == 1 else f"{self.gpus} GPUs")
+            found[0] += f" of {self.gpu_memory_gb:g} GiB" if self.gpu_memory_gb else ""
+        if self.memory_gb > _USUAL_GB:
+            found.append(f"{self.memory_gb:g} GiB of memory")
+        return " and ".join(found)
+
     def met_by(self, stack: str, gpus: Sequence[Gpu], memory_bytes: int) -> bool:
         """Whether a machine of this stack, with these GPUs and this memory, can verify the lab."""
         large = [g for g in gpus if (g.memory_bytes or 0) >= self.gpu_memory_gb * _NEARLY * (1 << 30)]

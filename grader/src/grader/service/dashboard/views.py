@@ -14,7 +14,9 @@ from grader.catalog import Chapter, Lab
 from grader.service import records
 from grader.service.dashboard.gauge import Gauge, gauge
 from grader.service.dashboard.sessions import Visitor
-from grader.service.models import FINAL, Report, State, Submission, User, Worker, now
+from grader.service.hardware import needs_of
+from grader.service.models import FINAL, Report, State, Submission, User, Worker
+from grader.service.waiting import is_alive
 from grader.state import State as Checkout
 from grader.state import StateUnusable
 
@@ -250,9 +252,21 @@ def attempts(
 
 @dataclass(frozen=True)
 class QueueView:
-    """What waits, what runs, what was done lately, and who works."""
+    """What waits, what runs, what was done lately, and who works.
+
+    Attributes:
+        waiting: how many submissions wait, by queue.
+        untaken: queues in which some wait and that no worker takes from, each with what a machine must have.
+        oldest: since when the oldest waits.
+        active: what waits or runs, each with whose it is.
+        recent: what was graded lately, likewise.
+        workers: each with whether it is alive.
+        waited_s: how long submissions lately waited, the median.
+        graded_s: how long they were graded, likewise.
+    """
 
     waiting: dict[str, int]
+    untaken: list[tuple[str, str]]
     oldest: datetime | None
     active: list[tuple[Submission, str]]
     recent: list[tuple[Submission, str]]
@@ -285,14 +299,19 @@ def queue(session: Session, service: "Service") -> QueueView:
         .limit(100)
     )
     times = [(s.started - s.created, s.finished - s.started) for s in latest if s.started and s.finished]
-    workers = session.scalars(select(Worker).order_by(Worker.seen.desc()))
-    lost_after_s = service.settings.lost_after_s
+    workers = [
+        (worker, is_alive(worker, service.settings))
+        for worker in session.scalars(select(Worker).order_by(Worker.seen.desc()))
+    ]
+    taken = {name for worker, alive in workers if alive and not worker.draining for name in worker.queues}
+    words = {needs.queue: needs.words for needs in map(needs_of, service.catalog.labs)}
     return QueueView(
         waiting=waiting,
+        untaken=[(name, words.get(name, "")) for name, n in waiting.items() if n and name not in taken],
         oldest=session.scalar(select(func.min(Submission.created)).where(Submission.state == State.QUEUED)),
         active=list(active),
         recent=list(recent),
-        workers=[(w, (now() - w.seen).total_seconds() < lost_after_s) for w in workers],
+        workers=workers,
         waited_s=median(waited.total_seconds() for waited, _ in times) if times else None,
         graded_s=median(took.total_seconds() for _, took in times) if times else None,
     )

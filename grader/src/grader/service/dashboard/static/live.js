@@ -1,6 +1,8 @@
 // A submission's events as they come, until it is final.
 
 const AGAIN_MS = 1500;
+const WHY_FIRST_MS = 2000;
+const WHY_MS = 5000;
 
 export class Live {
   // `box` is the element of _live.html; `finished` is called once the submission is final.
@@ -17,10 +19,33 @@ export class Live {
     this.stop();
     this.id = id;
     this.last = 0;
+    this.begun = false;
     this.clear();
     this.box.hidden = false;
     this.say("Waiting for a worker");
     this.open();
+    this.asking = setTimeout(() => this.why(), WHY_FIRST_MS);
+  }
+
+  // Why it still waits: most do not for long, so nothing asks before.
+  async why() {
+    const { id } = this;
+    try {
+      const answer = await fetch(`/api/v1/submissions/${id}`);
+      const { waiting } = answer.ok ? await answer.json() : {};
+      if (id !== this.id || !this.source || this.begun) return;
+      if (waiting && !this.lost) {
+        const fit = waiting.needs ? `worker with ${waiting.needs}` : "worker";
+        this.say(
+          waiting.workers === 0 ? `No ${fit} is there. Your code is kept, and graded when one comes`
+          : waiting.ahead > 0 ? `Waiting for a worker: ${waiting.ahead} before you`
+          : "Waiting for a worker",
+        );
+      }
+    } catch {
+      // The stream says that the connection is lost.
+    }
+    if (id === this.id && this.source && !this.begun) this.asking = setTimeout(() => this.why(), WHY_MS);
   }
 
   open() {
@@ -34,8 +59,12 @@ export class Live {
         this.last = number;
         act(JSON.parse(event.data));
       });
-    on("queued", () => this.say("Waiting for a worker"));
+    on("queued", () => {
+      this.begun = false;
+      this.say("Waiting for a worker");
+    });
     on("started", (data) => {
+      this.begun = true;
       this.clear(); // an attempt that was cut off begins again
       this.say(data.attempt > 1 ? "Running again" : "Running");
     });
@@ -112,6 +141,7 @@ export class Live {
 
   stop() {
     clearTimeout(this.timer);
+    clearTimeout(this.asking);
     clearTimeout(this.telling);
     this.telling = null;
     this.source?.close();
