@@ -628,7 +628,11 @@ def test_dropout_does_nothing_in_evaluation_mode(randn, p):
 
 def test_dropout_of_zero_does_nothing_in_training_mode(randn):
     state, module, x, context = dropout_case(randn, 0.0)
-    assert_both_close(module.train()(x, context), loop_over_heads(state, 3, x, context))
+    expected = loop_over_heads(state, 3, x, context)
+    assert_both_close(module.train()(x, context), expected)
+    left_out = MultiHeadAttention(15, 3, kv_dim=8).double()
+    left_out.load_state_dict(state)
+    assert_both_close(left_out.train()(x, context), expected, "nothing is dropped unless dropout is given")
 
 
 def test_dropout_gradients_match_a_loop_with_the_same_weights_dropped(randn, rng):

@@ -487,6 +487,8 @@ def test_block_uses_its_epsilon(randn, cls, eps):
     block, x = build(cls, randn, eps=eps), 0.1 * randn(3, 5, 7)
     assert_close(block(x), formula(block, x), atol=1e-12, name="block(x)", hint="is eps that of the norms?")
     assert block.norm1.eps == block.norm2.eps == eps
+    default = build(cls, randn)
+    assert default.norm1.eps == default.norm2.eps == 1e-5, "eps is 1e-5 unless it is given"
 
 
 @BLOCKS
@@ -778,6 +780,8 @@ def test_gpt2_block_is_a_pre_norm_block_of_its_sub_layers(randn):
     expected = h + wide_tanh_narrow(block.feed_forward, normalise(h, block.norm2))
     assert_close(block(x), expected, atol=1e-12, name="block(x)")
     assert block.norm1.eps == block.norm2.eps == 0.01, "eps must reach both norms"
+    default = GPT2Block(12, 3)
+    assert default.norm1.eps == default.norm2.eps == 1e-5, "eps is 1e-5 unless it is given"
 
 
 @pytest.mark.parametrize(("d_model", "num_heads"), [(10, 3), (3, 6)])
