@@ -117,6 +117,12 @@ def test_softmax_goes_along_the_last_axis_by_default(rng):
     assert_close(softmax(x), torch.from_numpy(x).softmax(-1).numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(5,), (1,), (2, 3, 1, 4)])
+def test_softmax_keeps_the_shape(rng, shape):
+    x = rng.standard_normal(shape)
+    assert_close(softmax(x), torch.from_numpy(x).softmax(-1).numpy(), atol=1e-12)
+
+
 def test_softmax_of_large_scores_does_not_overflow():
     x = np.array([[1e4, 1e4 - 1.0, -1e4], [-1e4, -1e4, -1e4], [-1.0, -3e3, -2.0]])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -260,6 +266,38 @@ def test_a_mask_per_key_is_broadcast_over_queries(rng):
     assert_close(output, expected[0], atol=1e-12, name="output")
 
 
+@pytest.mark.parametrize(
+    "shape", [(5,), (1,), (5, 1), (1, 5), (2, 5, 5), (2, 1, 5), (3, 1, 1, 5), (3, 1, 5, 5)]
+)
+def test_a_mask_of_any_shape_that_broadcasts(rng, shape):
+    # As many queries as keys: a mask that is laid along the wrong axis still fits.
+    Q, K, V = qkv(rng, (3, 2), 5, 5, 4, 6)
+    mask = readable_mask(rng, *shape) if shape[-1] > 1 else rng.random(shape) < 0.7
+    full = np.broadcast_to(mask, (3, 2, 5, 5))
+    output, weights = scaled_dot_product_attention(Q, K, V, mask)
+    seen = full.any(-1)
+    expected = oracle(Q, K, V, np.where(seen[..., None], full, True))
+    hint = "NumPy's rules: axes are matched from the last one on"
+    assert_close(weights, expected[1] * seen[..., None], atol=1e-12, name="weights", hint=hint)
+    assert_close(output, expected[0] * seen[..., None], atol=1e-12, name="output", hint=hint)
+
+
+def test_the_only_key_may_be_hidden(rng):
+    Q, K, V = qkv(rng, (2,), 3, 1, 4, 6)
+    mask = np.array([True, False, True])[:, None]
+    output, weights = scaled_dot_product_attention(Q, K, V, mask)
+    assert_close(weights, np.broadcast_to(mask, (2, 3, 1)).astype(float), atol=1e-12, name="weights")
+    assert_close(output, np.where(mask, V, 0.0), atol=1e-12, name="output")
+
+
+def test_nothing_may_be_seen_at_all(rng):
+    Q, K, V = qkv(rng, (2,), 3, 5, 4, 6)
+    with np.errstate(invalid="ignore"):
+        output, weights = scaled_dot_product_attention(Q, K, V, np.zeros((3, 5), dtype=bool))
+    assert_close(weights, np.zeros((2, 3, 5)), atol=0, name="weights")
+    assert_close(output, np.zeros((2, 3, 6)), atol=0, name="output")
+
+
 def test_hidden_keys_cannot_influence_the_result(rng):
     Q, K, V = qkv(rng, (2,), 3, 5, 4, 6)
     mask = np.array([True, True, False, True, False])[None, None]
@@ -325,6 +363,15 @@ def test_hidden_keys_stay_hidden_when_visible_scores_are_very_low():
     Q, K = np.full((1, 4), 100.0), np.array([[-50.0] * 4, [-50.0] * 4, [50.0] * 4])
     _, weights = scaled_dot_product_attention(Q, K, np.ones((3, 2)), np.array([[True, True, False]]))
     assert_close(weights, np.array([[0.5, 0.5, 0.0]]), atol=1e-12, hint="hide with -inf")
+
+
+def test_no_finite_number_hides_a_key():
+    # The visible scores are -2e10.
+    Q, K = np.full((1, 4), 1e5), np.array([[-1e5] * 4, [-1e5] * 4, [1e5] * 4])
+    _, weights = scaled_dot_product_attention(Q, K, np.ones((3, 2)), np.array([[True, True, False]]))
+    assert_close(
+        weights, np.array([[0.5, 0.5, 0.0]]), atol=1e-5, hint="-1e9 is not low enough: hide with -inf"
+    )
 
 
 def test_float32_and_non_contiguous_inputs(rng):

@@ -295,7 +295,7 @@ def test_merge_passes_gradients_to_both_floating_masks(randn):
 
 
 @pytest.mark.parametrize("which", ["attn_mask", "key_padding_mask"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32, torch.int8])
 def test_merge_refuses_masks_of_integers(which, dtype):
     mask = torch.tensor([[0, 1, 0], [1, 0, 0]], dtype=dtype)
     arguments = (mask, None) if which == "attn_mask" else (None, mask)
@@ -306,6 +306,13 @@ def test_merge_refuses_masks_of_integers(which, dtype):
         assert_close(merged(*arguments, 2, 2, 2, 3), merged_slowly(*arguments, 2, 2, 2, 3), atol=0)
         return
     pytest.fail(f"a {which} of {dtype} was accepted: is its 1 added, or does it hide? Raise ValueError")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_merge_takes_floating_masks_of_any_precision(dtype):
+    attn, padding = (torch.tensor([[0.5, -torch.inf, -2.0], [0.0, 3.0, 0.25]]).roll(n, 0) for n in range(2))
+    result = merged(attn.to(dtype), padding.to(dtype), 2, 2, 2, 3)
+    assert_close(result, merged_slowly(attn.double(), padding.double(), 2, 2, 2, 3), atol=0)
 
 
 # --- attention_weights ------------------------------------------------------------------------
@@ -525,9 +532,11 @@ def test_forward_returns_weights_only_if_needed(rng, randn, average):
     module = oracle(randn)
     inputs, masks = qkv(randn, module), make_masks(rng, "bool2d", "bool")
     options = {"need_weights": False, "average_attn_weights": average}
-    ours, theirs = (run(m, inputs, *masks, **options) for m in (twin(module), module))
-    assert_same(ours, theirs)
-    assert "weights" not in ours, "need_weights=False: the second result must be None"
+    for mode in (True, False):
+        module.train(mode)
+        ours, theirs = (run(m, inputs, *masks, **options) for m in (twin(module).train(mode), module))
+        assert_same(ours, theirs)
+        assert "weights" not in ours, "need_weights=False: the second result must be None"
 
 
 @WEIGHTS
@@ -575,11 +584,13 @@ def test_forward_takes_is_causal_as_a_promise_about_the_mask(randn):
         options = {"is_causal": True, "need_weights": need_weights}
         ours, theirs = (run(m, inputs, causal, **options) for m in (twin(module), module))
         assert_same(ours, theirs)
-    try:
-        twin(module)(*inputs, is_causal=True)
-    except ValueError:
-        return
-    pytest.fail("is_causal without attn_mask must raise ValueError", pytrace=False)
+    for padding in (None, torch.zeros(B, 6, dtype=torch.bool)):
+        try:
+            twin(module)(*inputs, key_padding_mask=padding, is_causal=True)
+        except ValueError:
+            continue
+        hint = "" if padding is None else ", also with a key_padding_mask"
+        pytest.fail(f"is_causal without attn_mask must raise ValueError{hint}", pytrace=False)
 
 
 # --- queries that see nothing ---------------------------------------------------------------------
@@ -678,6 +689,21 @@ def test_dropout_acts_on_the_output_as_on_the_weights_returned(randn):
     heads = torch.einsum("bhqk,bkhd->bqhd", ours["weights"], v).reshape(B, T_Q, E)
     expected = heads @ module.out_proj.weight.detach().T + module.out_proj.bias.detach()
     assert_close(ours["output"], expected, atol=1e-12, name="output", hint="drop weights once, then use them")
+
+
+def test_dropout_acts_whether_the_weights_are_returned_or_not(randn):
+    module = oracle(randn, dropout=0.5)
+    inputs = qkv(randn, module)
+    ours = twin(module).train()(*inputs, need_weights=False)[0]
+    complete = module.eval()(*inputs, need_weights=False)[0]
+    assert not torch.allclose(ours, complete), "in training mode dropout acts with need_weights=False, too"
+
+
+def test_weights_averaged_over_heads_are_the_dropped_ones(randn):
+    module = oracle(randn, num_heads=1, dropout=0.5)
+    inputs = qkv(randn, module)
+    weights = run(twin(module, num_heads=1), inputs)["weights"]
+    assert (weights == 0).any(), "average what is left after dropout, as in PyTorch"
 
 
 # --- robustness -------------------------------------------------------------------------------
@@ -844,6 +870,19 @@ def test_from_torch_gives_a_copy_that_trains_like_the_source(randn, sizes):
     for name, p in module.named_parameters():
         hint = "after three steps of gradient descent the two modules differ: are all parameters registered?"
         assert_close(ours.get_parameter(name).detach(), p.detach(), atol=1e-12, name=name, hint=hint)
+
+
+def test_from_torch_keeps_the_device():
+    ours = ParityAttention.from_torch(nn.MultiheadAttention(E, H, device="meta"))  # of shapes alone
+    found = {name: p.device.type for name, p in ours.named_parameters()}
+    assert set(found.values()) == {"meta"}, f"the source is on the device meta, the copy: {found}"
+
+
+def test_from_torch_of_a_subclass_makes_one_of_that_subclass(randn):
+    class Mine(ParityAttention):
+        pass
+
+    assert type(Mine.from_torch(oracle(randn))) is Mine, "call cls: a subclass inherits this method"
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
