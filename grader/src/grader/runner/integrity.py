@@ -58,12 +58,32 @@ class _Namespace:
     all_names: frozenset[str]
 
     def changes(self) -> Iterator[str]:
-        for name, before in zip(self.names, self.before, strict=True):
-            if self.values.get(name) is not before:
-                yield f"{self.prefix}.{name}"
+        for number, (name, before) in enumerate(zip(self.names, self.before, strict=True)):
+            now = self.values.get(name)
+            if now is before:
+                continue
+            if self.prefix == "torch" and name == "manual_seed" and _wrapped_by_dynamo(before, now):
+                self.before[number] = now
+                continue
+            yield f"{self.prefix}.{name}"
         for name in self.values.keys() - self.all_names:
             if callable(self.values[name]) and any(name in namespace for namespace in self.behind):
                 yield f"{self.prefix}.{name}"
+
+
+def _wrapped_by_dynamo(before: Any, now: Any) -> bool:
+    """Whether `now` is what `import torch._dynamo` makes of `before`: `torch._disable_dynamo(before)`.
+
+    Much of torch imports it late: checkpointing, forward-mode derivatives, optimizers.
+    """
+    import torch
+
+    inner = torch._disable_dynamo(_wrapped_by_dynamo).__code__  # any function: the code is the same
+    return (
+        type(now) is FunctionType
+        and now.__code__ is inner
+        and any(cell.cell_contents is before for cell in now.__closure__ or ())
+    )
 
 
 class Snapshot:

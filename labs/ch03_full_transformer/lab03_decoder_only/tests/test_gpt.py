@@ -1036,6 +1036,14 @@ def test_generate_restores_the_mode_after_an_error(rng, hugging_face):
         assert modes(ours) == before, f"after {wrong} was refused the model stayed in evaluation mode"
 
 
+def test_generate_restores_the_mode_after_an_error_of_the_model(rng, hugging_face):
+    ours = twin(hugging_face(SMALL), SMALL).train()
+    before = modes(ours)
+    with pytest.raises(IndexError):
+        ours.generate(torch.full((1, 2), SMALL.vocab_size), 1)  # no such token
+    assert modes(ours) == before, "the mode comes back whatever the error: finally"
+
+
 def test_generate_keeps_nothing_for_a_backward_pass(rng, hugging_face):
     theirs = hugging_face(WRITER)
     ours, ids = twin(theirs, WRITER), draw_ids(rng, WRITER, 2, 4)
@@ -1064,6 +1072,29 @@ def test_generate_of_no_tokens_returns_the_ids(rng, hugging_face):
         ids = draw_ids(rng, WRITER, 2, T)
         assert_tokens(ours.generate(ids, 0), ids, "num_tokens=0 returns the ids as they are")
     assert_tokens(ours.generate(ids, 1, temperature=0.0), their_greedy(theirs, ids, 1, WRITER.context))
+
+
+@pytest.mark.parametrize(("logits", "temperature"), [((2.0, 1.0, 0.0), 1e10), ((-2e9, -4e9, -6e9), 1.0)])
+def test_sample_hides_the_others_by_no_finite_number(logits, temperature):
+    tokens = sample(torch.tensor([logits]).repeat(500, 1), temperature=temperature, top_k=1)
+    assert (tokens == 0).all(), "with top_k=1 only the best token takes part: hide the others with -inf"
+
+
+def test_sample_leaves_contiguous_logits_alone(randn):
+    logits = randn(50, 11)
+    before = logits.clone()
+    sample(logits, temperature=0.7, top_k=2)
+    assert torch.equal(logits, before)
+
+
+def test_reset_starts_anew_whatever_was_there():
+    model = GPT(SMALL).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    model.reset_parameters()
+    left = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    assert not left, f"{left} still hold NaN, which nothing multiplied by 0 takes away"
 
 
 @pytest.mark.parametrize(

@@ -685,3 +685,35 @@ def test_muon_refuses_options_out_of_range(randn, options):
     check_gradients_kept(lambda p: muon(p, lr=0.0, momentum=0.0, weight_decay=0.0), [(3, 2)], randn)
     with pytest.raises(ValueError, match=r"must"):
         Muon(params, **options)
+
+
+# --- promises of both -------------------------------------------------------------------------
+
+BOTH = pytest.mark.parametrize("make", [AdamW, Muon])
+
+
+@BOTH
+def test_state_is_in_the_dtype_of_the_parameter(randn, make):
+    parameter = nn.Parameter(randn(2, 3).bfloat16())
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make([parameter])
+    optimizer.step()
+    found = {x.dtype for x in optimizer.state[parameter].values() if torch.is_tensor(x) and x.dim()}
+    assert found == {torch.bfloat16}, f"the state is in {found}"
+
+
+@BOTH
+def test_state_is_empty_at_first(randn, make):
+    assert make([nn.Parameter(randn(2, 3))]).state_dict()["state"] == {}
+
+
+def test_adamw_steps_of_size_zero_count(randn):
+    ours, theirs = parameters(randn, SHAPES)
+    pair = AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+    for step in range(4):
+        for optimizer in pair:
+            optimizer.param_groups[0]["lr"] = 0.1 * (step % 2)
+        set_gradients((ours, theirs), random_gradients(randn, SHAPES, step))
+        for optimizer in pair:
+            optimizer.step()
+        assert_same(ours, theirs, atol=1e-12, step=step, hint="with a rate of 0 the means still move, and t")

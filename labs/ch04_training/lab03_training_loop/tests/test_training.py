@@ -210,6 +210,14 @@ def test_clip_of_nothing_is_zero(clip_it_yourself, randn):
         assert_close(norm.double(), torch.tensor(0.0).double(), atol=0, name="the norm of no gradient")
 
 
+def test_clip_multiplies_at_the_norm_itself(clip_it_yourself):
+    # The factor has its 1e-6 below the bar, too: it shows in gradients this short.
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    parameter.grad = torch.tensor([3e-6, 4e-6], dtype=torch.float64)
+    clip_gradients_([parameter], 5e-6)
+    assert_close(parameter.grad.norm().item(), 5e-6 * 5 / 6, atol=1e-12, name="the norm after clipping")
+
+
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 def test_clip_refuses_a_norm_that_is_not_finite(clip_it_yourself, randn, bad):
     ours, before = with_gradients(randn)
@@ -284,6 +292,13 @@ def test_split_leaves_out_frozen_parameters():
     assert names(model, split.embeddings) == [], "a frozen parameter has no gradient to step along"
     assert names(model, split.matrices) == ["hidden.2.weight"]
     assert len(split.vectors) == 4
+
+
+def test_split_knows_embeddings_of_a_class_of_their_own():
+    class Mine(nn.Embedding):
+        pass
+
+    assert len(split_parameters(nn.Sequential(Mine(3, 2))).embeddings) == 1
 
 
 def test_split_goes_by_identity_not_by_value():
