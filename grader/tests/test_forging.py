@@ -65,6 +65,14 @@ def test_right_code_is_not_accused(arenas, sandbox, compares, trust):
     assert report.tampering == ()
 
 
+@pytest.mark.parametrize("trust", list(Trust))
+def test_code_that_imports_what_torch_imports_late_is_not_accused(arenas, sandbox, trust):
+    # torch._dynamo exchanges torch.manual_seed. Checkpointing and forward-mode derivatives import it.
+    code = "import torch\nimport torch._dynamo\n" + RIGHT
+    report = judge(arenas["tensor"], sandbox, code, trust)
+    assert report.status is Status.VERIFIED, report.reason
+
+
 def test_the_page_has_every_attack_with_its_results():
     page = (ROOT / "docs" / "security.md").read_text()
     cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import MouseEvent
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from shared.compare import assert_close
 from visualize import (
     attention_distance,
@@ -130,7 +131,7 @@ def is_drawn_on(ax):
 def rows_of_panels(fig):
     """The panels of a grid as the eye sees them: rows from top to bottom, each from left to right."""
     panels = [
-        (ax.get_position(), ax)
+        (ax.bbox.frozen(), ax)  # in pixels: a position is relative to the subfigure, if there is one
         for ax in fig.axes
         if ax.get_visible() and not is_colour_bar(ax) and is_drawn_on(ax)
     ]
@@ -986,3 +987,55 @@ def test_classify_modifies_nothing(rng):
     kind_of(stored[:, ::2], tokens, "induction", "an induction head in a strided array")
     assert np.array_equal(stored, before), "weights were modified"
     assert tokens == list("abcabc"), "the list of tokens was modified"
+
+
+# --- promises that are easily broken on the side ----------------------------------------------
+
+
+def texts_of(figure):
+    return [t.get_text() for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+
+
+@pytest.mark.parametrize("case", ["no keys", "colours"])
+def test_heatmap_refuses_weights_of_other_shapes(case):
+    weights, keys = (np.eye(3), []) if case == "no keys" else (np.full((3, 5, 3), 0.5), list("abcde"))
+    with pytest.raises(ValueError):  # noqa: PT011 (the text is free)
+        plot_attention(weights, ["a", "b", "c"], keys)
+
+
+def test_heatmap_writes_tokens_as_they_are():
+    tokens = [" the", "the", "The ", "extraordinarily"]
+    ax = plot_attention(np.eye(4), tokens)
+    for axis in (ax.xaxis, ax.yaxis):
+        assert [t.get_text() for t in axis.get_ticklabels()] == tokens
+
+
+def test_heatmap_labels_every_token_of_a_long_text():
+    tokens = [f"t{i}" for i in range(40)]
+    ax = plot_attention(np.eye(40), tokens)
+    for axis in (ax.xaxis, ax.yaxis):
+        assert [t.get_text() for t in axis.get_ticklabels()] == tokens
+
+
+def test_figures_that_are_open_stay_open():
+    plt.figure()
+    try:
+        before = plt.get_fignums()
+        plot_attention(np.eye(3), ["a", "b", "c"])
+        plot_heads(np.eye(3)[None], ["a", "b", "c"])
+        assert plt.get_fignums() == before
+    finally:
+        plt.close("all")
+
+
+def test_grid_writes_nothing_over_an_empty_cell():
+    figure = plot_heads(np.stack([np.eye(2)] * 4), ["a", "b"], ncols=3)
+    titles = sorted(text for text in texts_of(figure) if text.startswith("head"))
+    assert titles == [f"head {h}" for h in range(4)]
+
+
+def test_induction_tells_tokens_apart_by_case():
+    weights = np.zeros((3, 3))
+    weights[:, 0] = 0.25
+    weights[2, 1] = 0.75
+    assert_close(np.asarray(induction_score(weights, ["The", "cat", "the"])), np.array(0.0), atol=0)

@@ -675,3 +675,39 @@ def test_module_in_a_stack_trains_like_pytorchs(randn, kind):
     hint = "after three training steps the network differs: do all parameters get their gradients?"
     assert_close(networks[0][1].weight, networks[1][1].weight, atol=1e-10, name="weight", hint=hint)
     assert_close(networks[0](x), networks[1](x), atol=1e-10, name="output", hint=hint)
+
+
+# --- promises that are easily broken on the side ----------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_module_gives_one_gradient_where_only_one_is_wanted(randn, kind, wanted):
+    # The first layer of a model has an x without gradient; a frozen norm a weight without.
+    module, x, g = build(kind, 5).double(), randn(3, 5), randn(3, 5)
+    module.requires_grad_(wanted == "weight")
+    x.requires_grad_(wanted == "x")
+    target = x if wanted == "x" else module.weight
+    ours = gradients(module(x), [target], g)[0]
+    x2, weight = x.detach().clone().requires_grad_(), module.weight.detach().clone().requires_grad_()
+    bias = torch.zeros_like(weight)
+    expected = gradients(oracle(kind, x2, weight, bias, module.eps), [x2 if wanted == "x" else weight], g)[0]
+    assert_close(ours, expected, atol=1e-12, name=f"gradient of {wanted}")
+
+
+@BOTH
+def test_module_leaves_x_alone_without_gradients(randn, kind):
+    module, x = build(kind, 5).double(), randn(3, 5)
+    before = x.clone()
+    with torch.no_grad():
+        module(x)
+    assert torch.equal(x, before), "x was modified"
+
+
+@BOTH
+def test_module_reads_eps_when_it_is_called(kind):
+    module = build(kind, 2).double()
+    module.eps = 4.0
+    y = module(torch.tensor([[-2.0, 2.0]], dtype=torch.float64)).detach()
+    expected = torch.tensor([[-1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
+    assert_close(y, expected, atol=1e-12, hint="eps is an attribute")

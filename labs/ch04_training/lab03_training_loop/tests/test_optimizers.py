@@ -697,14 +697,10 @@ def test_state_is_in_the_dtype_of_the_parameter(randn, make):
     parameter = nn.Parameter(randn(2, 3).bfloat16())
     parameter.grad = torch.ones_like(parameter)
     optimizer = make([parameter])
+    assert optimizer.state_dict()["state"] == {}, "the state is empty before the first step"
     optimizer.step()
     found = {x.dtype for x in optimizer.state[parameter].values() if torch.is_tensor(x) and x.dim()}
     assert found == {torch.bfloat16}, f"the state is in {found}"
-
-
-@BOTH
-def test_state_is_empty_at_first(randn, make):
-    assert make([nn.Parameter(randn(2, 3))]).state_dict()["state"] == {}
 
 
 def test_adamw_steps_of_size_zero_count(randn):

@@ -476,10 +476,9 @@ def go_on(
         show(done, run.losses[-1])
         if held_out is not None and (last or done % evaluate_every == 0):
             run.validation_losses.append((done, validation_loss(run.model, held_out)))
-        stop = interrupted.is_set()  # once: it may be set at any moment
-        if last or done % save_every == 0 or stop:
+        if last or done % save_every == 0 or interrupted.is_set():
             run.save()  # here, and nowhere else: all optimizers have taken the same steps
-        if stop:
+        if interrupted.is_set():
             raise KeyboardInterrupt
 
 
