@@ -76,9 +76,9 @@ def _wrapped_by_dynamo(before: Any, now: Any) -> bool:
 
     Much of torch imports it late: checkpointing, forward-mode derivatives, optimizers.
     """
-    import torch
+    from torch._compile import _disable_dynamo
 
-    inner = torch._disable_dynamo(_wrapped_by_dynamo).__code__  # any function: the code is the same
+    inner = _disable_dynamo(_wrapped_by_dynamo).__code__  # any function: the code is the same
     return (
         type(now) is FunctionType
         and now.__code__ is inner
