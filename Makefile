@@ -58,14 +58,15 @@ grade: setup ## (CH=1 [CODE=solutions]) grade a chapter, your code or the soluti
 	@$(VENV)/bin/topeka grade "$(or $(CH),$(error which chapter? make grade CH=1))" --code "$(CODE)"
 
 PYTEST = $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal
+ATTACKS = grader/tests/test_forging.py
 IN_CONTAINERS = $(wildcard grader/tests/test_docker_*.py grader/tests/test_neighbour_*.py)
 
 test: setup ## ([JOBS=1]) run the packages' own tests, and every lab's tests against its solution
-	@$(PYTEST) shared/tests grader/tests labs --code solutions --ignore grader/tests/service \
+	@$(PYTEST) shared/tests grader/tests labs --code solutions --ignore grader/tests/service --ignore $(ATTACKS) \
 	  $(addprefix --ignore ,$(IN_CONTAINERS))
 
-test-service: setup ## ([JOBS=1]) test the grader's service and dashboard: servers, workers, PostgreSQL, a browser
-	@$(PYTEST) grader/tests/service
+test-service: setup ## ([JOBS=1]) test the grader's service and dashboard: servers, workers, a browser; and attacks on gradings
+	@$(PYTEST) grader/tests/service $(ATTACKS)
 
 test-containers: setup ## test grading in containers, images, compose, code-server, JupyterLab and the devcontainer for real
 	@$(PYTEST) $(IN_CONTAINERS)
