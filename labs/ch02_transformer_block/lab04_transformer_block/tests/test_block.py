@@ -225,6 +225,14 @@ def weights_by_rows(Q, K):
     return torch.stack(rows, dim=-2)
 
 
+def test_weights_where_hidden_scores_are_far_above_the_visible():
+    Q = torch.ones(1, 1, 2, 1, dtype=torch.float64)
+    K = torch.tensor([0.0, 1000.0], dtype=torch.float64)[:, None].expand(1, 1, 2, 1)
+    expected = torch.eye(2, dtype=torch.float64)[None, None]
+    hint = "hide the future before the maximum of a row is taken"
+    assert_close(causal_weights(Q, K), expected, atol=1e-12, name="weights", hint=hint)
+
+
 @pytest.mark.parametrize(("B", "H", "T", "D"), [(2, 3, 5, 7), (3, 1, 6, 2), (1, 5, 2, 3), (2, 3, 1, 4)])
 def test_weights_match_a_softmax_over_the_past(randn, B, H, T, D):
     Q, K = 2 * randn(B, H, T, D), randn(B, H, T, D)
