@@ -290,7 +290,7 @@ def test_the_only_key_may_be_hidden(rng):
     assert_close(output, np.where(mask, V, 0.0), atol=1e-12, name="output")
 
 
-def test_nothing_may_be_seen_at_all(rng):
+def test_a_mask_that_hides_everything(rng):
     Q, K, V = qkv(rng, (2,), 3, 5, 4, 6)
     with np.errstate(invalid="ignore"):
         output, weights = scaled_dot_product_attention(Q, K, V, np.zeros((3, 5), dtype=bool))
@@ -365,7 +365,7 @@ def test_hidden_keys_stay_hidden_when_visible_scores_are_very_low():
     assert_close(weights, np.array([[0.5, 0.5, 0.0]]), atol=1e-12, hint="hide with -inf")
 
 
-def test_no_finite_number_hides_a_key():
+def test_hidden_keys_stay_hidden_however_low_the_visible_scores():
     # The visible scores are -2e10.
     Q, K = np.full((1, 4), 1e5), np.array([[-1e5] * 4, [-1e5] * 4, [1e5] * 4])
     _, weights = scaled_dot_product_attention(Q, K, np.ones((3, 2)), np.array([[True, True, False]]))

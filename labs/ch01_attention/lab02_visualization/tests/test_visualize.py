@@ -4,6 +4,7 @@ Pictures are read as a reader would: which number stands in the cell above this 
 query's tick? Numbers are compared with closed forms, torch, and heads made by hand.
 """
 
+import contextlib
 import io
 import math
 
@@ -151,6 +152,22 @@ def panels_of(fig):
 
 def title_of(ax):
     return "".join(ax.get_title(loc) for loc in ("left", "center", "right"))
+
+
+@contextlib.contextmanager
+def one_open_figure():
+    """Afterwards the same figures must be open as before."""
+    plt.figure()
+    try:
+        before = plt.get_fignums()
+        yield
+        assert plt.get_fignums() == before
+    finally:
+        plt.close("all")
+
+
+def texts_of(figure):
+    return [t.get_text() for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
 
 
 # --- Part 1: the heatmap ---------------------------------------------------------------------
@@ -322,6 +339,32 @@ def test_heatmap_takes_strided_weights_and_does_not_modify_them(rng, dtype):
     assert (queries, keys) == (QUERIES, KEYS), "a list of tokens was modified"
 
 
+@pytest.mark.parametrize("case", ["no keys", "colours"])
+def test_heatmap_refuses_weights_of_other_shapes(case):
+    weights, keys = (np.eye(3), []) if case == "no keys" else (np.full((3, 5, 3), 0.5), list("abcde"))
+    with pytest.raises(ValueError):  # noqa: PT011 (the text is free)
+        plot_attention(weights, ["a", "b", "c"], keys)
+
+
+def test_heatmap_leaves_open_figures_open():
+    with one_open_figure():
+        plot_attention(np.eye(3), ["a", "b", "c"])
+
+
+def test_heatmap_writes_tokens_as_they_are():
+    tokens = [" the", "the", "The ", "extraordinarily"]
+    ax = plot_attention(np.eye(4), tokens)
+    for axis in (ax.xaxis, ax.yaxis):
+        assert [t.get_text() for t in axis.get_ticklabels()] == tokens
+
+
+def test_heatmap_labels_every_token_of_a_long_text():
+    tokens = [f"t{i}" for i in range(40)]
+    ax = plot_attention(np.eye(40), tokens)
+    for axis in (ax.xaxis, ax.yaxis):
+        assert [t.get_text() for t in axis.get_ticklabels()] == tokens
+
+
 # --- Part 1: the grid of heads -----------------------------------------------------------------
 
 TOKENS = ["to", "be", "or", "be"]
@@ -456,6 +499,17 @@ def test_grid_does_not_modify_strided_weights(rng):
         assert_close(read_cells(ax), before[:, :, h].astype(np.float64), atol=1e-6, name=f"head {h}")
     assert len(panels_of(fig)) == 3
     assert np.array_equal(stored, before), "weights were modified"
+
+
+def test_grid_leaves_open_figures_open():
+    with one_open_figure():
+        plot_heads(np.eye(3)[None], ["a", "b", "c"])
+
+
+def test_grid_writes_nothing_over_an_empty_cell():
+    figure = plot_heads(np.stack([np.eye(2)] * 4), ["a", "b"], ncols=3)
+    titles = sorted(text for text in texts_of(figure) if text.startswith("head"))
+    assert titles == [f"head {h}" for h in range(4)]
 
 
 # --- Part 2: entropy -----------------------------------------------------------------------------
@@ -870,6 +924,13 @@ def test_induction_score_of_strided_float32_modifies_nothing(rng):
     assert tokens == ["a", "b", "a", "b", "a"], "the list of tokens was modified"
 
 
+def test_induction_score_tells_tokens_apart_by_case():
+    weights = np.zeros((3, 3))
+    weights[:, 0] = 0.25
+    weights[2, 1] = 0.75
+    assert_close(np.asarray(induction_score(weights, ["The", "cat", "the"])), np.array(0.0), atol=0)
+
+
 # --- Part 3: which kind of head? ---------------------------------------------------------------------
 
 
@@ -987,55 +1048,3 @@ def test_classify_modifies_nothing(rng):
     kind_of(stored[:, ::2], tokens, "induction", "an induction head in a strided array")
     assert np.array_equal(stored, before), "weights were modified"
     assert tokens == list("abcabc"), "the list of tokens was modified"
-
-
-# --- promises that are easily broken on the side ----------------------------------------------
-
-
-def texts_of(figure):
-    return [t.get_text() for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
-
-
-@pytest.mark.parametrize("case", ["no keys", "colours"])
-def test_heatmap_refuses_weights_of_other_shapes(case):
-    weights, keys = (np.eye(3), []) if case == "no keys" else (np.full((3, 5, 3), 0.5), list("abcde"))
-    with pytest.raises(ValueError):  # noqa: PT011 (the text is free)
-        plot_attention(weights, ["a", "b", "c"], keys)
-
-
-def test_heatmap_writes_tokens_as_they_are():
-    tokens = [" the", "the", "The ", "extraordinarily"]
-    ax = plot_attention(np.eye(4), tokens)
-    for axis in (ax.xaxis, ax.yaxis):
-        assert [t.get_text() for t in axis.get_ticklabels()] == tokens
-
-
-def test_heatmap_labels_every_token_of_a_long_text():
-    tokens = [f"t{i}" for i in range(40)]
-    ax = plot_attention(np.eye(40), tokens)
-    for axis in (ax.xaxis, ax.yaxis):
-        assert [t.get_text() for t in axis.get_ticklabels()] == tokens
-
-
-def test_figures_that_are_open_stay_open():
-    plt.figure()
-    try:
-        before = plt.get_fignums()
-        plot_attention(np.eye(3), ["a", "b", "c"])
-        plot_heads(np.eye(3)[None], ["a", "b", "c"])
-        assert plt.get_fignums() == before
-    finally:
-        plt.close("all")
-
-
-def test_grid_writes_nothing_over_an_empty_cell():
-    figure = plot_heads(np.stack([np.eye(2)] * 4), ["a", "b"], ncols=3)
-    titles = sorted(text for text in texts_of(figure) if text.startswith("head"))
-    assert titles == [f"head {h}" for h in range(4)]
-
-
-def test_induction_tells_tokens_apart_by_case():
-    weights = np.zeros((3, 3))
-    weights[:, 0] = 0.25
-    weights[2, 1] = 0.75
-    assert_close(np.asarray(induction_score(weights, ["The", "cat", "the"])), np.array(0.0), atol=0)

@@ -278,6 +278,21 @@ def test_attention_weights_leave_their_inputs_alone(randn, rng):
         assert torch.equal(now, then), f"attention_weights changed {name}"
 
 
+def test_attention_weights_hide_by_no_finite_number():
+    Q = torch.full((1, 1, 1, 4), 1e5, dtype=torch.float64)
+    K = torch.tensor([-5e4, -5e4, 5e4], dtype=torch.float64)[:, None].expand(1, 1, 3, 4)
+    weights = attention_weights(Q, K, torch.tensor([True, True, False]))
+    expected = torch.tensor([[[[0.5, 0.5, 0.0]]]], dtype=torch.float64)
+    assert_close(weights, expected, atol=1e-6, hint="-1e9 is not low enough: hide with -inf")
+
+
+def test_attention_weights_leave_a_mask_with_blind_rows_alone(randn):
+    mask = torch.tensor([[True, False], [False, False]])
+    before = mask.clone()
+    attention_weights(randn(1, 1, 2, 4), randn(1, 1, 2, 4), mask)
+    assert torch.equal(mask, before), "attention_weights changed the mask"
+
+
 # --- making the module ---------------------------------------------------------------------
 
 
@@ -457,6 +472,13 @@ def test_cross_attention_compares_x_with_the_context(randn):
     assert_close(weights, expected, atol=1e-12, name="weights", hint=hint)
 
 
+def test_cross_attention_reads_a_changed_context_again(randn):
+    module, x, context = MultiHeadAttention(6, 2).double().eval(), randn(2, 3, 6), randn(2, 4, 6)
+    module(x, context)
+    context.mul_(-2.0)
+    assert_close(module(x, context)[0], module(x, context.clone())[0], atol=1e-12)
+
+
 # --- masks ---------------------------------------------------------------------------------
 
 
@@ -508,6 +530,15 @@ def test_mask_that_blinds_one_head_leaves_the_other_heads_alone(randn, rng):
     mask[:, 1] = mask[0, 2, 4] = False
     hint = "blindness is a matter of one query in one head"
     assert_both_close(build(state, 3)(x, mask=mask), loop_over_heads(state, 3, x, mask=mask), hint)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 4, 4)])
+def test_mask_axes_are_matched_from_the_last_even_if_all_sizes_agree(randn, rng, shape):
+    x, module = randn(4, 4, 8), MultiHeadAttention(8, 4).double().eval()  # B = H = T = 4
+    mask = torch.from_numpy(rng.random(shape) < 0.6)
+    ours, theirs = module(x, mask=mask), module(x, mask=mask.broadcast_to(4, 4, 4, 4).clone())
+    for name, a, b in zip(("output", "weights"), ours, theirs, strict=True):
+        assert_close(a, b, atol=1e-12, name=name, hint="a mask of fewer axes is the same for all in front")
 
 
 # --- gradients -----------------------------------------------------------------------------
@@ -656,6 +687,11 @@ def test_dropout_gradients_match_a_loop_with_the_same_weights_dropped(randn, rng
         assert_close(found[name], expected[name], atol=1e-12, name=f"the gradient of {name}")
 
 
+def test_dropout_lets_gradients_through_the_weights(randn):
+    module = MultiHeadAttention(6, 2, dropout=0.3).double().train()
+    assert module(randn(2, 3, 6))[1].requires_grad, "the weights returned are cut off from the graph"
+
+
 # --- robustness ----------------------------------------------------------------------------
 
 
@@ -748,42 +784,3 @@ def test_shortcuts_are_not_taken(randn, rng, forbid, kind, masked, mode):
     factor = torch.where(whole > 0, weights / whole, 0.0) if mode == "train" else None
     expected = loop_over_heads(state, 3, x, context, mask, factor)
     assert_both_close((output, weights), expected, atol=1e-11)
-
-
-# --- promises that are easily broken on the side ----------------------------------------------
-
-
-def test_no_finite_number_hides_a_key():
-    Q = torch.full((1, 1, 1, 4), 1e5, dtype=torch.float64)
-    K = torch.tensor([-5e4, -5e4, 5e4], dtype=torch.float64)[:, None].expand(1, 1, 3, 4)
-    weights = attention_weights(Q, K, torch.tensor([True, True, False]))
-    expected = torch.tensor([[[[0.5, 0.5, 0.0]]]], dtype=torch.float64)
-    assert_close(weights, expected, atol=1e-6, hint="-1e9 is not low enough: hide with -inf")
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 4, 4)])
-def test_axes_of_a_mask_are_matched_from_the_last_even_if_all_sizes_agree(randn, rng, shape):
-    x, module = randn(4, 4, 8), MultiHeadAttention(8, 4).double().eval()  # B = H = T = 4
-    mask = torch.from_numpy(rng.random(shape) < 0.6)
-    ours, theirs = module(x, mask=mask), module(x, mask=mask.broadcast_to(4, 4, 4, 4).clone())
-    for name, a, b in zip(("output", "weights"), ours, theirs, strict=True):
-        assert_close(a, b, atol=1e-12, name=name, hint="a mask of fewer axes is the same for all in front")
-
-
-def test_a_mask_with_blind_rows_is_not_modified(randn):
-    mask = torch.tensor([[True, False], [False, False]])
-    before = mask.clone()
-    attention_weights(randn(1, 1, 2, 4), randn(1, 1, 2, 4), mask)
-    assert torch.equal(mask, before), "attention_weights changed the mask"
-
-
-def test_a_context_that_changed_is_read_again(randn):
-    module, x, context = MultiHeadAttention(6, 2).double().eval(), randn(2, 3, 6), randn(2, 4, 6)
-    module(x, context)
-    context.mul_(-2.0)
-    assert_close(module(x, context)[0], module(x, context.clone())[0], atol=1e-12)
-
-
-def test_gradients_flow_through_dropped_weights(randn):
-    module = MultiHeadAttention(6, 2, dropout=0.3).double().train()
-    assert module(randn(2, 3, 6))[1].requires_grad, "the weights returned are cut off from the graph"

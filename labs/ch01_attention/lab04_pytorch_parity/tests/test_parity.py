@@ -699,7 +699,7 @@ def test_dropout_acts_whether_the_weights_are_returned_or_not(randn):
     assert not torch.allclose(ours, complete), "in training mode dropout acts with need_weights=False, too"
 
 
-def test_weights_averaged_over_heads_are_the_dropped_ones(randn):
+def test_dropout_comes_before_the_average_over_heads(randn):
     module = oracle(randn, num_heads=1, dropout=0.5)
     inputs = qkv(randn, module)
     weights = run(twin(module, num_heads=1), inputs)["weights"]

@@ -677,9 +677,6 @@ def test_module_in_a_stack_trains_like_pytorchs(randn, kind):
     assert_close(networks[0](x), networks[1](x), atol=1e-10, name="output", hint=hint)
 
 
-# --- promises that are easily broken on the side ----------------------------------------------
-
-
 @BOTH
 @pytest.mark.parametrize("wanted", ["x", "weight"])
 def test_module_gives_one_gradient_where_only_one_is_wanted(randn, kind, wanted):

@@ -543,6 +543,12 @@ def test_learned_works_on_the_device_of_its_input(randn, device):
     assert_close(y, x + weight[5:8], atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["interlaced", "inter", "half "])
+def test_rotation_refuses_layouts_that_begin_right(randn, layout):
+    with pytest.raises(ValueError):  # noqa: PT011 (the text is free)
+        apply_rope(randn(1, 2, 3, 6), torch.ones(3, 3), torch.zeros(3, 3), layout=layout)
+
+
 # --- Part 2: from one layout to the other --------------------------------------------------
 
 # For one head of 6: old rows 0 1 2 | 3 4 5 are pairs (0, 3), (1, 4), (2, 5).
@@ -617,6 +623,15 @@ def test_layout_conversion_keeps_all_scores(randn):
         half_to_interleaved(w_k, H),
     )
     assert_close(converted, expected, atol=1e-10, hint="both layouts must give the same q·k", name="q·k")
+
+
+@pytest.mark.parametrize("convert", [half_to_interleaved, interleaved_to_half])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layout_conversion_keeps_the_dtype(randn, convert, dtype):
+    weight = randn(12, 5, dtype=dtype)
+    converted = convert(weight, 2)
+    assert converted.dtype == dtype
+    assert_close(converted.double(), convert(weight.double(), 2), atol=0)
 
 
 # --- Part 3: ALiBi -------------------------------------------------------------------------
@@ -736,6 +751,34 @@ def test_bias_refuses_more_queries_than_positions():
         refuses(lambda q=T_q, k=T_k: alibi_bias(2, q, k), f"{T_q} queries, {T_k} keys")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [sinusoidal(5, 6)],
+        lambda: rope_tables(torch.tensor([0, 3]), 6),
+        lambda: [alibi_slopes(6)],
+        lambda: [alibi_bias(6, 2, 3)],
+    ],
+    ids=["sinusoidal", "rope_tables", "alibi_slopes", "alibi_bias"],
+)
+def test_results_belong_to_the_caller(make):
+    first = [t.clone() for t in make()]
+    for t in make():
+        t.fill_(7.0)  # as a model that works in place does
+    for t, expected in zip(make(), first, strict=True):
+        assert_close(t, expected, atol=0, hint="a call leaves no trace on the next: is a tensor kept?")
+
+
+@pytest.mark.parametrize("num_heads", [128, 200])
+def test_slopes_of_many_heads(num_heads):
+    power = 128  # the largest power of two that is not above
+    exponents = [
+        8 * (h + 1) / power if h < power else 4 * (2 * (h - power) + 1) / power for h in range(num_heads)
+    ]
+    expected = torch.tensor([2.0**-e for e in exponents], dtype=torch.float64)
+    assert_close(alibi_slopes(num_heads, dtype=torch.float64), expected, atol=1e-14)
+
+
 # --- the live library: pytest --slow ---------------------------------------------------------
 
 
@@ -768,49 +811,3 @@ def test_live_bloom_agrees_on_slopes(num_heads):
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
     alibi = bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), num_heads, torch.float32)
     assert_close(alibi_slopes(num_heads), alibi[:, 0, 1], atol=0, rtol=5e-6, hint="differs from BLOOM")
-
-
-# --- promises that are easily broken on the side ----------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: [sinusoidal(5, 6)],
-        lambda: rope_tables(torch.tensor([0, 3]), 6),
-        lambda: [alibi_slopes(6)],
-        lambda: [alibi_bias(6, 2, 3)],
-    ],
-    ids=["sinusoidal", "rope_tables", "alibi_slopes", "alibi_bias"],
-)
-def test_results_belong_to_the_caller(make):
-    first = [t.clone() for t in make()]
-    for t in make():
-        t.fill_(7.0)  # as a model that works in place does
-    for t, expected in zip(make(), first, strict=True):
-        assert_close(t, expected, atol=0, hint="a call leaves no trace on the next: is a tensor kept?")
-
-
-@pytest.mark.parametrize("convert", [half_to_interleaved, interleaved_to_half])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_layout_conversion_keeps_the_dtype(randn, convert, dtype):
-    weight = randn(12, 5, dtype=dtype)
-    converted = convert(weight, 2)
-    assert converted.dtype == dtype
-    assert_close(converted.double(), convert(weight.double(), 2), atol=0)
-
-
-@pytest.mark.parametrize("num_heads", [128, 200])
-def test_slopes_of_many_heads(num_heads):
-    power = 128  # the largest power of two that is not above
-    exponents = [
-        8 * (h + 1) / power if h < power else 4 * (2 * (h - power) + 1) / power for h in range(num_heads)
-    ]
-    expected = torch.tensor([2.0**-e for e in exponents], dtype=torch.float64)
-    assert_close(alibi_slopes(num_heads, dtype=torch.float64), expected, atol=1e-14)
-
-
-@pytest.mark.parametrize("layout", ["interlaced", "inter", "half "])
-def test_rotation_refuses_layouts_that_begin_right(randn, layout):
-    with pytest.raises(ValueError):  # noqa: PT011 (the text is free)
-        apply_rope(randn(1, 2, 3, 6), torch.ones(3, 3), torch.zeros(3, 3), layout=layout)

@@ -214,6 +214,14 @@ def test_activations_work_on_the_device_of_their_input(randn, device, name):
     assert_close(y, theirs(x), atol=1e-12, name=f"{name}(x)")
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+def test_activations_in_float32_are_right_everywhere(name):
+    ours = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}[name]
+    theirs = {"gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}[name]
+    x = torch.linspace(-12, 12, 4801, dtype=torch.float32)
+    assert_close(ours(x).double(), theirs(x.double()), atol=2e-6, name=name)
+
+
 # --- Part 2: gates -------------------------------------------------------------------------------
 
 
@@ -584,6 +592,20 @@ def test_layers_work_on_the_device_of_their_input(randn, device):
         assert_close(y, oracle(x), atol=1e-12, name="y")
 
 
+def test_layers_of_different_kinds_do_not_disturb_each_other(randn):
+    x = randn(4, 6)
+    families = (
+        [lambda kind=kind: GatedMLP(6, 10, kind=kind).double() for kind in ("swiglu", "reglu", "glu")],
+        [lambda name=name: MLP(6, 10, activation=name).double() for name in ("gelu", "relu", "gelu_tanh")],
+    )
+    for family in families:
+        first = family[0]()
+        alone = first(x).detach()
+        for make in family[1:]:
+            make()(x)
+        assert_close(first(x), alone, atol=0, hint="a layer made later changed an earlier one")
+
+
 # --- Part 3: Hugging Face ----------------------------------------------------------------------------
 
 
@@ -643,28 +665,3 @@ def test_live_llama_agrees_on_outputs_and_gradients(randn, bias):
         results.append(gradients(out, [x, *(parameters[name] for name in state)], upstream))
     for name, a, e in zip(("x", *state), *results, strict=True):
         assert_close(a, e, atol=1e-12, name=f"the gradient of {name}", hint=hint)
-
-
-# --- promises that are easily broken on the side ----------------------------------------------
-
-
-def test_layers_of_different_kinds_do_not_disturb_each_other(randn):
-    x = randn(4, 6)
-    families = (
-        [lambda kind=kind: GatedMLP(6, 10, kind=kind).double() for kind in ("swiglu", "reglu", "glu")],
-        [lambda name=name: MLP(6, 10, activation=name).double() for name in ("gelu", "relu", "gelu_tanh")],
-    )
-    for family in families:
-        first = family[0]()
-        alone = first(x).detach()
-        for make in family[1:]:
-            make()(x)
-        assert_close(first(x), alone, atol=0, hint="a layer made later changed an earlier one")
-
-
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
-def test_activations_in_float32_are_right_everywhere(name):
-    ours = {"gelu": gelu, "gelu_tanh": gelu_tanh, "silu": silu}[name]
-    theirs = {"gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "silu": F.silu}[name]
-    x = torch.linspace(-12, 12, 4801, dtype=torch.float32)
-    assert_close(ours(x).double(), theirs(x.double()), atol=2e-6, name=name)

@@ -1087,7 +1087,7 @@ def test_sample_leaves_contiguous_logits_alone(randn):
     assert torch.equal(logits, before)
 
 
-def test_reset_starts_anew_whatever_was_there():
+def test_start_replaces_whatever_was_there():
     model = GPT(SMALL).requires_grad_(False)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -409,6 +409,24 @@ def test_cross_entropy_and_its_gradient_refuse_what_makes_no_sense(randn, functi
         refused(function, logits, targets, reduction=reduction, why=f"the reduction {reduction!r}")
 
 
+def check_contiguous_logits_kept(loss, randn, dtype):
+    # Nothing needs to be copied or converted here: what is done in place is done to the caller's tensor.
+    logits = 3 + randn(4, 7, dtype=dtype)
+    before = logits.clone()
+    loss(logits, torch.tensor([0, 6, IGNORE, 3]))
+    assert torch.equal(logits, before), "the logits were changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_cross_entropy_leaves_contiguous_logits_alone(randn, dtype):
+    check_contiguous_logits_kept(cross_entropy, randn, dtype)
+
+
+def test_cross_entropy_of_the_certain_and_right_is_zero():
+    loss = cross_entropy(torch.tensor([[1e4, 0.0]], dtype=torch.float64), torch.tensor([0]))
+    assert loss.item() == 0.0
+
+
 # --- cross_entropy_gradient -------------------------------------------------------------------
 
 
@@ -506,6 +524,16 @@ def test_gradient_in_float32(randn, device):
     assert_same(actual, expected, atol=1e-7, dtype=torch.float32, name="gradient")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_leaves_contiguous_logits_alone(randn, dtype):
+    check_contiguous_logits_kept(cross_entropy_gradient, randn, dtype)
+
+
+def test_gradient_by_formula_makes_no_graph(randn):
+    gradient = cross_entropy_gradient(randn(2, 3).requires_grad_(), torch.tensor([0, 1]))
+    assert not gradient.requires_grad, "the gradient needs no graph: without autograd"
+
+
 # --- what the number means --------------------------------------------------------------------
 
 
@@ -572,6 +600,18 @@ def test_mean_over_batches_refuses_to_mean_over_nothing():
         refused(mean_over_batches, iter(batches), why="there is no token")
     refused(mean_over_batches, [(1.0, 5), (1.0, -2)], why="a negative number of tokens")
     refused(mean_over_batches, [(1.0, -2)], why="a negative number of tokens")
+
+
+def test_perplexity_is_finite_up_to_the_largest_float():
+    assert_close(perplexity(705.0) / math.exp(705.0), 1.0, atol=1e-9, name="perplexity(705) / exp(705)")
+
+
+def test_bits_per_character_of_a_hopeless_model():
+    assert_close(bits_per_character(1000.0, 1, 1), 1000.0 / math.log(2), atol=1e-9, hint="without exp")
+
+
+def test_mean_over_batches_does_not_pass_over_a_loss_of_nan():
+    assert math.isnan(mean_over_batches([(1.0, 2), (math.nan, 3)]))
 
 
 # --- chunked_cross_entropy: the same numbers --------------------------------------------------
@@ -786,6 +826,14 @@ def test_chunked_loss_refuses_what_makes_no_sense(randn):
         refused(call, label_smoothing=smoothing, why=f"label smoothing {smoothing}")
 
 
+def test_chunked_loss_counts_exactly_in_bfloat16():
+    # bfloat16 has no 257. Zero weights make every token equally likely.
+    hidden, weight = torch.ones(257, 3, dtype=torch.bfloat16), torch.zeros(5, 3, dtype=torch.bfloat16)
+    loss = chunked_cross_entropy(hidden, weight, torch.ones(257, dtype=torch.int64), chunk_size=50)
+    hint = "in which dtype are the tokens counted?"
+    assert_close(loss.double(), torch.tensor(math.log(5), dtype=torch.float64), atol=1e-4, hint=hint)
+
+
 # --- chunked_cross_entropy: the memory --------------------------------------------------------
 
 
@@ -859,40 +907,3 @@ def test_chunked_peak_memory_is_below_that_of_a_loop_under_autograd(randn):
         assert ours < meter.peak / 2, (
             f"{ours:,} bytes were alive at the same time, with {name} {meter.peak:,}"
         )
-
-
-# --- promises that are easily broken on the side ----------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_contiguous_logits_stay_as_they_are(randn, dtype):
-    # Nothing needs to be copied or converted here: what is done in place is done to the caller's tensor.
-    logits, targets = 3 + randn(4, 7, dtype=dtype), torch.tensor([0, 6, IGNORE, 3])
-    before = logits.clone()
-    for loss in (cross_entropy, cross_entropy_gradient):
-        loss(logits, targets)
-        assert torch.equal(logits, before), f"{loss.__name__} changed the logits"
-
-
-def test_gradient_by_formula_makes_no_graph(randn):
-    gradient = cross_entropy_gradient(randn(2, 3).requires_grad_(), torch.tensor([0, 1]))
-    assert not gradient.requires_grad, "the gradient needs no graph: without autograd"
-
-
-def test_chunked_loss_counts_exactly_in_bfloat16():
-    # bfloat16 has no 257. Zero weights make every token equally likely.
-    hidden, weight = torch.ones(257, 3, dtype=torch.bfloat16), torch.zeros(5, 3, dtype=torch.bfloat16)
-    loss = chunked_cross_entropy(hidden, weight, torch.ones(257, dtype=torch.int64), chunk_size=50)
-    hint = "in which dtype are the tokens counted?"
-    assert_close(loss.double(), torch.tensor(math.log(5), dtype=torch.float64), atol=1e-4, hint=hint)
-
-
-def test_certain_and_right_costs_nothing():
-    loss = cross_entropy(torch.tensor([[1e4, 0.0]], dtype=torch.float64), torch.tensor([0]))
-    assert loss.item() == 0.0
-
-
-def test_numbers_of_hopeless_models():
-    assert_close(perplexity(705.0) / math.exp(705.0), 1.0, atol=1e-9, name="perplexity(705) / exp(705)")
-    assert_close(bits_per_character(1000.0, 1, 1), 1000.0 / math.log(2), atol=1e-9, hint="without exp")
-    assert math.isnan(mean_over_batches([(1.0, 2), (math.nan, 3)])), "a loss of NaN must not be passed over"

@@ -253,6 +253,20 @@ def test_adamw_state_is_in_its_state_dict(randn):
     check_resume(AdamW(params, **options), params, copies, lambda p: AdamW(p), SHAPES, randn)
 
 
+def check_state(make, randn):
+    parameter = nn.Parameter(randn(2, 3).bfloat16())
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = make([parameter])
+    assert optimizer.state_dict()["state"] == {}, "the state is empty before the first step"
+    optimizer.step()
+    found = {x.dtype for x in optimizer.state[parameter].values() if torch.is_tensor(x) and x.dim()}
+    assert found == {torch.bfloat16}, f"the parameter is in bfloat16, its state in {found}"
+
+
+def test_adamw_state_is_in_the_dtype_of_the_parameter(randn):
+    check_state(AdamW, randn)
+
+
 def check_resume(optimizer, params, copies, make, shapes, randn):
     """Save after three steps; a new optimizer of the copies must go on exactly like the first."""
     for step in range(1, 8):
@@ -327,6 +341,18 @@ def test_adamw_refuses_options_out_of_range(randn, options):
     )
     with pytest.raises(ValueError, match=r"\d"):
         AdamW(params, **options)
+
+
+def test_adamw_steps_of_size_zero_count(randn):
+    ours, theirs = parameters(randn, SHAPES)
+    pair = AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
+    for step in range(4):
+        for optimizer in pair:
+            optimizer.param_groups[0]["lr"] = 0.1 * (step % 2)
+        set_gradients((ours, theirs), random_gradients(randn, SHAPES, step))
+        for optimizer in pair:
+            optimizer.step()
+        assert_same(ours, theirs, atol=1e-12, step=step, hint="with a rate of 0 the means still move, and t")
 
 
 # --- Newton-Schulz ----------------------------------------------------------------------------
@@ -649,6 +675,10 @@ def test_muon_leaves_parameters_without_gradient_alone(randn):
     assert torch.equal(params[0], untouched), "a parameter that never had a gradient has changed"
 
 
+def test_muon_state_is_in_the_dtype_of_the_parameter(randn):
+    check_state(Muon, randn)
+
+
 def test_muon_state_is_in_its_state_dict(randn):
     params, copies = parameters(randn, MATRICES)
     optimizer = muon(params, lr=0.1, momentum=0.8, weight_decay=0.3)
@@ -685,31 +715,3 @@ def test_muon_refuses_options_out_of_range(randn, options):
     check_gradients_kept(lambda p: muon(p, lr=0.0, momentum=0.0, weight_decay=0.0), [(3, 2)], randn)
     with pytest.raises(ValueError, match=r"must"):
         Muon(params, **options)
-
-
-# --- promises of both -------------------------------------------------------------------------
-
-BOTH = pytest.mark.parametrize("make", [AdamW, Muon])
-
-
-@BOTH
-def test_state_is_in_the_dtype_of_the_parameter(randn, make):
-    parameter = nn.Parameter(randn(2, 3).bfloat16())
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = make([parameter])
-    assert optimizer.state_dict()["state"] == {}, "the state is empty before the first step"
-    optimizer.step()
-    found = {x.dtype for x in optimizer.state[parameter].values() if torch.is_tensor(x) and x.dim()}
-    assert found == {torch.bfloat16}, f"the state is in {found}"
-
-
-def test_adamw_steps_of_size_zero_count(randn):
-    ours, theirs = parameters(randn, SHAPES)
-    pair = AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
-    for step in range(4):
-        for optimizer in pair:
-            optimizer.param_groups[0]["lr"] = 0.1 * (step % 2)
-        set_gradients((ours, theirs), random_gradients(randn, SHAPES, step))
-        for optimizer in pair:
-            optimizer.step()
-        assert_same(ours, theirs, atol=1e-12, step=step, hint="with a rate of 0 the means still move, and t")
