@@ -41,7 +41,7 @@ from grader.service.news import News
 from grader.service.problems import Problem, documented
 from grader.service.records import best, visible
 from grader.service.settings import Settings
-from grader.service.waiting import is_alive, waiting
+from grader.service.waiting import waiting
 from grader.service.work_queue import WorkQueue
 
 _LAB_ID = r"^ch\d\d/lab\d\d$"
@@ -498,7 +498,7 @@ def _routes(service: Service) -> APIRouter:
                 host=worker.host,
                 queues=worker.queues,
                 seen=worker.seen,
-                alive=is_alive(worker, service.settings),
+                alive=worker.is_alive(service.settings.lost_after_s),
                 draining=worker.draining,
                 graded=worker.graded,
             )
@@ -508,7 +508,7 @@ def _routes(service: Service) -> APIRouter:
     @router.get("/health")
     def health(opened: Transaction) -> Health:
         """Say whether database and workers answer; no token is needed."""
-        alive = [w for w in opened.scalars(select(Worker)) if is_alive(w, service.settings)]
+        alive = [w for w in opened.scalars(select(Worker)) if w.is_alive(service.settings.lost_after_s)]
         return Health(status="ok", workers=len(alive))
 
     @router.get(

@@ -102,13 +102,13 @@ class Metrics:
                 self._running.labels(queue).set(count)
 
     def _look_at_workers(self, workers: Sequence[Worker]) -> None:
-        limit = now() - timedelta(seconds=self._settings.lost_after_s)
-        alive = [worker for worker in workers if worker.seen > limit]
+        lost_after_s = self._settings.lost_after_s
+        alive = [worker for worker in workers if worker.is_alive(lost_after_s)]
         self._workers.set(len(alive))
         self._draining.set(sum(worker.draining for worker in alive))
         self._queues |= {queue for worker in workers for queue in worker.queues}
         for queue in self._queues:
-            self._takers.labels(queue).set(sum(queue in w.queues and not w.draining for w in alive))
+            self._takers.labels(queue).set(sum(w.takes_from(queue, lost_after_s) for w in alive))
 
     def _count_finished(self, session: Session) -> None:
         started = now()

@@ -179,6 +179,14 @@ class Worker(Base):
     draining: Mapped[bool] = mapped_column(default=False)
     graded: Mapped[int] = mapped_column(default=0)
 
+    def is_alive(self, lost_after_s: float) -> bool:
+        """Whether it was heard of in the last `lost_after_s` seconds."""
+        return (now() - self.seen).total_seconds() < lost_after_s
+
+    def takes_from(self, queue: str, lost_after_s: float) -> bool:
+        """Whether it is alive and will take work from `queue`."""
+        return queue in self.queues and not self.draining and self.is_alive(lost_after_s)
+
 
 class BrowserSession(Base):
     """A browser that is signed in. Only the SHA-256 of what its cookie holds is kept."""

@@ -129,6 +129,7 @@ class Upkeep:
             except DBAPIError as error:
                 log.warning("the database does not answer: %s", error.orig)
             except Exception:
+                # A thread that ended here would be missed by nobody until the disk is full; the next round tries again.
                 log.exception("upkeep failed")
             if self._ending.wait(MEND_EVERY_S):
                 return

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from grader.catalog import Lab
 from grader.service.hardware import needs_of
-from grader.service.models import State, Submission, Worker, now
+from grader.service.models import State, Submission, Worker
 from grader.service.settings import Settings
 
 
@@ -46,14 +46,6 @@ def waiting(session: Session, submission: Submission, lab: Lab | None, settings:
             Submission.created < submission.created,
         )
     )
-    takers = [
-        worker
-        for worker in session.scalars(select(Worker).where(~Worker.draining))
-        if is_alive(worker, settings) and submission.queue in worker.queues
-    ]
-    return Waiting(needs_of(lab).words if lab else "", len(takers), ahead or 0)
-
-
-def is_alive(worker: Worker, settings: Settings) -> bool:
-    """Whether the worker was heard of lately."""
-    return (now() - worker.seen).total_seconds() < settings.lost_after_s
+    workers = session.scalars(select(Worker))
+    takers = sum(worker.takes_from(submission.queue, settings.lost_after_s) for worker in workers)
+    return Waiting(needs_of(lab).words if lab else "", takers, ahead or 0)

@@ -163,9 +163,11 @@ class GradingWorker:
             try:
                 self._grade(submission_id)
             except Exception:
-                if not self._given_up.is_set():
-                    # The queue forgets work that raises. `mend` finds the submission and queues it again.
-                    log.exception("grading failed in a way that nobody thought of")
+                if self._given_up.is_set():
+                    log.info("cut off by the end of the worker; another begins again", exc_info=True)
+                    return
+                # The queue forgets work that raises. `mend` finds the submission and queues it again.
+                log.exception("grading failed in a way that nobody thought of")
 
     def _grade(self, submission_id: str) -> None:
         if self._draining.is_set():

@@ -16,7 +16,6 @@ from grader.service.dashboard.gauge import Gauge, gauge
 from grader.service.dashboard.sessions import Visitor
 from grader.service.hardware import needs_of
 from grader.service.models import FINAL, Report, State, Submission, User, Worker
-from grader.service.waiting import is_alive
 from grader.state import State as Checkout
 from grader.state import StateUnusable
 
@@ -299,19 +298,21 @@ def queue(session: Session, service: "Service") -> QueueView:
         .limit(100)
     )
     times = [(s.started - s.created, s.finished - s.started) for s in latest if s.started and s.finished]
-    workers = [
-        (worker, is_alive(worker, service.settings))
-        for worker in session.scalars(select(Worker).order_by(Worker.seen.desc()))
+    workers = session.scalars(select(Worker).order_by(Worker.seen.desc())).all()
+    lost_after_s = service.settings.lost_after_s
+    untaken = [
+        name
+        for name, count in waiting.items()
+        if count and not any(worker.takes_from(name, lost_after_s) for worker in workers)
     ]
-    taken = {name for worker, alive in workers if alive and not worker.draining for name in worker.queues}
     words = {needs.queue: needs.words for needs in map(needs_of, service.catalog.labs)}
     return QueueView(
         waiting=waiting,
-        untaken=[(name, words.get(name, "")) for name, n in waiting.items() if n and name not in taken],
+        untaken=[(name, words.get(name, "")) for name in untaken],
         oldest=session.scalar(select(func.min(Submission.created)).where(Submission.state == State.QUEUED)),
         active=list(active),
         recent=list(recent),
-        workers=workers,
+        workers=[(worker, worker.is_alive(lost_after_s)) for worker in workers],
         waited_s=median(waited.total_seconds() for waited, _ in times) if times else None,
         graded_s=median(took.total_seconds() for _, took in times) if times else None,
     )
